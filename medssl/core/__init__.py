@@ -1,0 +1,1 @@
+"""What every other package stands on: errors, schemas, records, seeding, distribution."""
