@@ -1,0 +1,1 @@
+"""Parse, call one run, print, exit code."""

@@ -1,0 +1,1 @@
+"""One validated configuration of a whole run."""

@@ -61,7 +61,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over processes, differentiable: the gradient is the sum of what every process asked for."""
     if world_size() == 1:
         return tensor
-    result: Tensor = _AllReduceSum.apply(tensor)  # type: ignore[no-untyped-call]  # torch does not type apply
+    result: Tensor = _AllReduceSum.apply(tensor)
     return result
 
 
@@ -85,8 +85,8 @@ def _gather(tree: Any) -> Any:
         return None
     if isinstance(tree, Tensor):
         if tree.dtype == torch.bool:
-            return _Gather.apply(tree.to(torch.uint8)).bool()  # type: ignore[no-untyped-call]  # as above
-        return _Gather.apply(tree)  # type: ignore[no-untyped-call]  # as above
+            return _Gather.apply(tree.to(torch.uint8)).bool()
+        return _Gather.apply(tree)
     if isinstance(tree, Mapping):
         return {name: _gather(value) for name, value in tree.items()}
     if isinstance(tree, (tuple, list)):

@@ -25,8 +25,9 @@ Ints = npt.NDArray[np.int64]
 class ItemTable:
     """What a sampler can choose from: one entry per item (a slice, a slab or a whole volume).
 
-    ``row`` numbers the items once for the whole cohort and survives selection and gathering; a sampler returns values of
-    ``row``. ``partition`` is -1 where an item belongs to none. ``position`` is the slice index (of a slab: of its centre).
+    ``row`` numbers the items once for the whole cohort and survives selection and gathering; a sampler returns values
+    of ``row``. ``partition`` is -1 where an item belongs to none. ``position`` is the slice index, of a slab the index
+    of its centre.
     """
 
     row: Ints
@@ -61,11 +62,12 @@ class ViewBatch:
 
     Attributes:
         views: One tensor ``(N, C, *spatial)`` per view; sizes may differ between views.
-        geometry: Per view an affine theta ``(N, d, d + 1)`` that maps the view's normalised coordinates to the source's,
-            as ``F.affine_grid(align_corners=False)`` takes it, or None where the view did not move any voxel.
-        items: int64 ``(N,)`` each: row, subject, volume, partition, position; also ``slot``, the place in the global batch.
-        labels: Tensors ``(N, ...)`` by name; a label map of segmentation is ``label_map``, one channel-free map per item,
-            moved with view 0.
+        geometry: Per view an affine theta ``(N, d, d + 1)`` that maps the view's normalised coordinates to the
+            source's, as ``F.affine_grid(align_corners=False)`` takes it, or None where no voxel was moved.
+        items: int64 ``(N,)`` each: row, subject, volume, partition, position; also ``slot``, the place in the global
+            batch.
+        labels: Tensors ``(N, ...)`` by name; a label map of segmentation is ``label_map``, one channel-free map per
+            item, moved with view 0.
         step: The step that this batch belongs to; with ``seed`` it determines every random choice inside a method.
         seed: The run's seed.
     """
@@ -141,7 +143,8 @@ class ModelParts:
     """The networks that a method is built from.
 
     Attributes:
-        encoder: Offers ``forward(x) -> (N, F)``, ``feature_maps(x) -> list`` fine to coarse, ``out_features``, ``width``.
+        encoder: Offers ``forward(x) -> (N, F)``, ``feature_maps(x) -> list`` fine to coarse, ``out_features`` and
+            ``width``.
         decoder: Turns ``feature_maps`` into one dense map, or None.
         image_shape: ``(C, *spatial)`` of one item.
     """

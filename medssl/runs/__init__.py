@@ -1,0 +1,1 @@
+"""Recipes: each function reads as one job."""
