@@ -1,0 +1,370 @@
+"""The command line: parse, call one run, print, exit.
+
+Nothing here imports torch or MONAI before a command runs, so that ``medssl --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import medssl
+from medssl.core.errors import MedsslError
+
+app = typer.Typer(
+    name="medssl",
+    help="Pretrain 3D encoders on unlabelled MRI, fine-tune segmentation with few labels, report honestly.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data = typer.Typer(help="Find, check, split, look at and prepare a cohort.", no_args_is_help=True)
+init = typer.Typer(help="Write a commented configuration for a manifest.", no_args_is_help=True)
+evaluate = typer.Typer(help="Score predictions or embeddings.", no_args_is_help=True)
+app.add_typer(data, name="data")
+app.add_typer(init, name="init")
+app.add_typer(evaluate, name="evaluate")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result for machines.")]
+Map = Annotated[list[str] | None, typer.Option("--map", help="Read a column of another name, e.g. group=person.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override one value, e.g. method.temperature=0.2.", metavar="KEY=VALUE"),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where the run stopped.")]
+AllowChanged = Annotated[
+    bool, typer.Option("--allow-changed", help="Resume although the configuration or manifest changed.")
+]
+Devices = Annotated[int | None, typer.Option("--devices", min=1, help="Processes (GPUs) on each node.")]
+Nodes = Annotated[int | None, typer.Option("--nodes", min=1, help="Number of nodes.")]
+Precision = Annotated[str | None, typer.Option("--precision", help="auto, 32 or bf16.")]
+Strategy = Annotated[str | None, typer.Option("--strategy", help="auto or ddp.")]
+Accelerator = Annotated[str | None, typer.Option("--accelerator", help="auto, cpu or cuda.")]
+ConfigFile = Annotated[Path, typer.Argument(help="The YAML file of the run.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"medssl {medssl.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and more messages.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("matplotlib", "PIL", "fontTools", "monai", "nibabel", "lightning.fabric", "lightning_fabric"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _show(result: Any, as_json: bool) -> None:
+    """Print what a run returned: its own words for people, its fields for machines."""
+    if as_json:
+        typer.echo(json.dumps(result.to_json(), indent=2, default=str))
+    else:
+        typer.echo(result.text())
+
+
+def _mapping(pairs: list[str] | None) -> dict[str, str]:
+    mapping = {}
+    for pair in pairs or []:
+        name, separator, column = pair.partition("=")
+        if not separator or not name or not column:
+            raise typer.BadParameter(f"--map takes NAME=COLUMN, not `{pair}`")
+        mapping[name] = column
+    return mapping
+
+
+def _launch_overrides(**values: Any) -> list[str]:
+    return [f"training.{name}={value}" for name, value in values.items() if value is not None]
+
+
+@data.command("scan")
+def data_scan(
+    root: Annotated[Path, typer.Argument(help="Folder of the cohort.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the manifest.")] = Path("manifest.csv"),
+    kind: Annotated[str, typer.Option(help="auto, or a cohort by name (acdc, msd, mmwhs, bids, ...).")] = "auto",
+    pattern: Annotated[
+        str | None, typer.Option(help="folder: file names with fields, e.g. '{subject}_{session}.nii.gz'.")
+    ] = None,
+    label_pattern: Annotated[str | None, typer.Option(help="folder: label of an image, with the same fields.")] = None,
+    channels: Annotated[str | None, typer.Option(help="msd: which channels of a 4D image, e.g. T2.")] = None,
+    suffix: Annotated[str | None, typer.Option(help="bids: suffix of the images, e.g. T1w.")] = None,
+    cine: Annotated[bool, typer.Option("--cine", help="acdc: also list every frame of the 4D cine.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing manifest.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a manifest of a folder of MRI: one row a volume, and what was skipped and why."""
+    from medssl.runs import cohort
+
+    options = {"pattern": pattern, "label_pattern": label_pattern, "channels": channels, "suffix": suffix}
+    given = {name: value for name, value in options.items() if value is not None}
+    if cine:
+        given["cine"] = True
+    _show(cohort.scan(root, out, kind=kind, options=given, force=force), as_json)
+
+
+@data.command("check")
+def data_check(
+    manifest: Annotated[Path, typer.Argument(help="manifest.csv")],
+    deep: Annotated[bool, typer.Option("--deep", help="Read every voxel, not only headers.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Files read at the same time.")] = 1,
+    mapping: Map = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the findings as CSV.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List every problem of a manifest and its files in one pass; exit code 3 when there are errors."""
+    from medssl.runs import cohort
+
+    result = cohort.check(manifest, deep=deep, jobs=jobs, mapping=_mapping(mapping), out=out)
+    _show(result, as_json)
+    if result.n_errors:
+        raise typer.Exit(3)
+
+
+@data.command("split")
+def data_split(
+    manifest: Annotated[Path, typer.Argument(help="manifest.csv")],
+    test: Annotated[float, typer.Option(min=0, help="Groups for testing: a count, or a share below 1.")],
+    validation: Annotated[float, typer.Option(min=0, help="Groups for validation: a count, or a share below 1.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Which of the possible splits.")] = 0,
+    stratify: Annotated[list[str] | None, typer.Option(help="Column to balance, e.g. site; may be repeated.")] = None,
+    mapping: Map = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; default: the same file.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a split that is there already.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Divide a manifest into train, validation and test, never dividing a group (a person)."""
+    from medssl.runs import cohort
+
+    result = cohort.split(
+        manifest,
+        test=test,
+        validation=validation,
+        seed=seed,
+        stratify=tuple(stratify or ()),
+        mapping=_mapping(mapping),
+        out=out,
+        force=force,
+    )
+    _show(result, as_json)
+
+
+@data.command("show")
+def data_show(
+    manifest: Annotated[Path, typer.Argument(help="manifest.csv")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="PNG file to write.")] = Path("montage.png"),
+    n: Annotated[int, typer.Option("--n", min=1, max=64, help="Number of volumes.")] = 12,
+    case: Annotated[list[str] | None, typer.Option(help="Show these cases or subjects; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which volumes are drawn.")] = 0,
+    mapping: Map = None,
+    as_json: Json = False,
+) -> None:
+    """Draw a montage of volumes with the outlines of their labels."""
+    from medssl.runs import cohort
+
+    _show(cohort.show(manifest, out, n=n, cases=tuple(case or ()), seed=seed, mapping=_mapping(mapping)), as_json)
+
+
+@data.command("prepare")
+def data_prepare(
+    config: ConfigFile,
+    overrides: Set = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Volumes prepared at the same time.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Preprocess the volumes of a run's configuration into the cache (a run does this by itself as well)."""
+    from medssl.runs import cohort
+
+    extra = [] if jobs is None else [f"data.jobs={jobs}"]
+    _show(cohort.prepare_for(config, [*(overrides or []), *extra]), as_json)
+
+
+def _init(kind: str, manifest: Path, out: Path | None, mapping: list[str] | None, force: bool, as_json: bool) -> None:
+    from medssl.runs import init as run
+
+    _show(run.write_config(kind, manifest, out, mapping=_mapping(mapping), force=force), as_json)
+
+
+@init.command("pretrain")
+def init_pretrain(
+    manifest: Annotated[Path, typer.Argument(help="manifest.csv")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: pretrain.yaml")] = None,
+    mapping: Map = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a commented pretraining configuration that fits a manifest."""
+    _init("pretrain", manifest, out, mapping, force, as_json)
+
+
+@init.command("finetune")
+def init_finetune(
+    manifest: Annotated[Path, typer.Argument(help="manifest.csv")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: finetune.yaml")] = None,
+    mapping: Map = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a commented fine-tuning configuration that fits a manifest."""
+    _init("finetune", manifest, out, mapping, force, as_json)
+
+
+@app.command()
+def pretrain(
+    config: ConfigFile,
+    overrides: Set = None,
+    resume: Resume = False,
+    allow_changed: AllowChanged = False,
+    devices: Devices = None,
+    nodes: Nodes = None,
+    precision: Precision = None,
+    strategy: Strategy = None,
+    accelerator: Accelerator = None,
+    as_json: Json = False,
+) -> None:
+    """Pretrain an encoder (or a decoder) on unlabelled volumes."""
+    from medssl.config import PretrainConfig, load_config
+    from medssl.runs.pretrain import pretrain as run
+
+    extra = _launch_overrides(
+        devices=devices, nodes=nodes, precision=precision, strategy=strategy, accelerator=accelerator
+    )
+    loaded = load_config(PretrainConfig, config, [*(overrides or []), *extra])
+    _show(run(loaded, resume=resume, allow_changed=allow_changed), as_json)
+
+
+@app.command()
+def finetune(
+    config: ConfigFile,
+    overrides: Set = None,
+    resume: Resume = False,
+    allow_changed: AllowChanged = False,
+    precision: Precision = None,
+    accelerator: Accelerator = None,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune with few labels: arms x label fractions x draws x seeds, then score and report."""
+    from medssl.config import FinetuneConfig, load_config
+    from medssl.runs.finetune import finetune as run
+
+    extra = _launch_overrides(precision=precision, accelerator=accelerator)
+    loaded = load_config(FinetuneConfig, config, [*(overrides or []), *extra])
+    _show(run(loaded, resume=resume, allow_changed=allow_changed), as_json)
+
+
+@app.command()
+def predict(
+    weights: Annotated[Path, typer.Argument(help="Cell of a fine-tuning run (runs/NAME/cells/CELL).")],
+    inputs: Annotated[Path, typer.Argument(help="A manifest.csv, one volume, or a folder of volumes.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the predicted label maps.")],
+    accelerator: Accelerator = None,
+    as_json: Json = False,
+) -> None:
+    """Segment new volumes; label maps come back in the geometry of their input."""
+    from medssl.runs.predict import predict as run
+
+    _show(run(weights, inputs, out, accelerator=accelerator or "auto"), as_json)
+
+
+@evaluate.command("seg")
+def evaluate_seg(
+    predictions: Annotated[Path, typer.Argument(help="Folder of predicted label maps, named by case or image.")],
+    manifest: Annotated[Path, typer.Argument(help="manifest.csv with labels.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for per_case.csv and summary.json.")] = None,
+    splits: Annotated[str | None, typer.Option("--split", help="Score only rows of this split.")] = None,
+    mapping: Map = None,
+    as_json: Json = False,
+) -> None:
+    """Score any folder of predictions against the labels of a manifest."""
+    from medssl.runs.evaluate import evaluate_segmentation
+
+    _show(evaluate_segmentation(predictions, manifest, out=out, split=splits, mapping=_mapping(mapping)), as_json)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    as_json: Json = False,
+) -> None:
+    """Build report.html and the figures of a run again from its files."""
+    from medssl.runs.report import rebuild
+
+    _show(rebuild(run), as_json)
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the pretraining methods with what they need and where they come from."""
+    from medssl.runs.listing import list_methods
+
+    _show(list_methods(), as_json)
+
+
+@app.command()
+def encoders(as_json: Json = False) -> None:
+    """List the encoders."""
+    from medssl.runs.listing import list_encoders
+
+    _show(list_encoders(), as_json)
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Option(help="Folder in which runs and caches will be written.")] = Path(),
+    as_json: Json = False,
+) -> None:
+    """Print versions, devices, disk and shared memory, try a write, and say what is wrong."""
+    from medssl.runs.doctor import examine
+
+    result = examine(folder)
+    _show(result, as_json)
+    if result.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the cohort and the runs.")] = Path("runs/demo"),
+    smoke: Annotated[bool, typer.Option("--smoke", help="The same path in seconds; its numbers mean nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run the main job on a small generated cohort and end with a report. No download, no GPU needed."""
+    from medssl.runs.demo import demo as run
+
+    _show(run(out, smoke=smoke), as_json)
+
+
+def main() -> None:
+    """Entry point: errors become one message with cause, place and remedy, and an exit code."""
+    debug = "--debug" in sys.argv
+    try:
+        app()  # exits by itself: 0, or 2 for a command line that it cannot parse
+    except MedsslError as error:
+        if debug:
+            raise
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if debug:
+            raise
+        typer.echo(
+            f"Unexpected {type(error).__name__}: {error}\n  fix:   this is a fault of medssl: run again with "
+            "`medssl --debug ...` and report what it prints",
+            err=True,
+        )
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

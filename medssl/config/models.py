@@ -1,0 +1,203 @@
+"""The sections of a run and the rules that hold between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+
+from medssl.core.schema import StrictModel, tagged_union
+from medssl.core.types import Needs
+from medssl.data.items import ItemsConfig
+from medssl.inference.predict import InferenceConfig
+from medssl.methods import METHODS, TASKS
+from medssl.models import ENCODERS
+from medssl.samplers import SAMPLERS
+from medssl.training import OptimizerConfig, ScheduleConfig, TrainingConfig
+from medssl.transforms.preprocess import PrepareConfig
+from medssl.transforms.views import ViewsConfig, resolve_views
+
+EncoderConfig = tagged_union(ENCODERS)
+MethodConfig = tagged_union(METHODS)
+TaskConfig = tagged_union(TASKS)
+SamplerConfig = tagged_union(SAMPLERS)
+
+
+class DataConfig(StrictModel):
+    """Which volumes, and how they are prepared."""
+
+    manifest: Path
+    """manifest.csv; a relative path is relative to the folder in which the command is run."""
+    map: dict[str, str] = {}
+    """Columns of other names: {group: person} reads the column `person` as `group`."""
+    splits: tuple[str, ...] | None = ("train",)
+    """Rows used for training: those whose `split` is one of these. Without any split in the manifest, or null: all."""
+    exclude: tuple[str, ...] = ()
+    """Subjects or cases to leave out; the report says so."""
+    cache: Path = Path(".medssl-cache")
+    """Prepared volumes are kept here and shared between runs."""
+    prepare: PrepareConfig = PrepareConfig()
+    jobs: PositiveInt = 1
+    """Processes that prepare volumes in parallel."""
+    transductive: bool = False
+    """Allow test people in pretraining; written in every result."""
+
+
+class ModelConfig(StrictModel):
+    """The network."""
+
+    encoder: EncoderConfig  # type: ignore[valid-type]  # a union made from the table of encoders
+    decoder_blocks: PositiveInt | None = None
+    """Decoder blocks to build, counted from the coarsest; null: all of them (fine-tuning), none (encoder methods)."""
+
+
+class RunConfig(StrictModel):
+    """What every training run has."""
+
+    name: str
+    runs: Path = Path("runs")
+    """Folder that holds the run folders."""
+    seed: NonNegativeInt = 0
+    status: str = ""
+    """Of a recipe: how far it has been tried."""
+    data: DataConfig
+    items: ItemsConfig
+    model: ModelConfig
+    views: ViewsConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig
+
+    @property
+    def spatial_dims(self) -> int:
+        """2 for slices, 3 for slabs and volumes."""
+        return 2 if self.items.geometry == "slice" else 3
+
+    def _check_encoder(self) -> None:
+        name = self.model.encoder.name
+        dims = 2 if name.endswith("2d") else 3
+        if name != "mlp" and dims != self.spatial_dims:
+            raise ValueError(
+                f"items.geometry `{self.items.geometry}` gives {self.spatial_dims}D items, "
+                f"but model.encoder `{name}` is {dims}D"
+            )
+
+
+class PretrainConfig(RunConfig):
+    """One pretraining run."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    method: MethodConfig  # type: ignore[valid-type]  # a union made from the table of methods
+    sampler: SamplerConfig  # type: ignore[valid-type]  # a union made from the table of samplers
+    weights: Path | None = None
+    """Run folder or weights folder to begin from (the local contrast begins from the global one's encoder)."""
+
+    @property
+    def needs(self) -> Needs:
+        """What the method asks of the rest of the run."""
+        needs: Needs = self.method.needs()
+        return needs
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> PretrainConfig:
+        self._check_encoder()
+        check_needs(self)
+        return self
+
+
+def check_needs(config: PretrainConfig) -> None:
+    """Refuse a method whose needs the rest of the configuration does not meet.
+
+    Raises:
+        ValueError: Every unmet need, one after the other.
+    """
+    needs, method = config.needs, config.method.name
+    problems = []
+    if config.spatial_dims not in needs.spatial_dims:
+        problems.append(f"method `{method}` is not defined for {config.spatial_dims}D items")
+    if needs.samplers and config.sampler.name not in needs.samplers:
+        problems.append(
+            f"method `{method}` needs the sampler {' or '.join(sorted(needs.samplers))}, not `{config.sampler.name}`"
+        )
+    if (needs.partitions or config.sampler.name.startswith("partition")) and not config.items.partitions:
+        problems.append("items.partitions: required by the method or the sampler, but missing")
+    views = resolve_views(config.views, config.spatial_dims)
+    if views.n_views < needs.views:
+        problems.append(f"method `{method}` needs views.n_views: {needs.views}, not {views.n_views}")
+    if needs.original != views.original:
+        problems.append(
+            f"method `{method}` needs views.original: {str(needs.original).lower()} "
+            "(whether view 0 is the image without augmentation)"
+        )
+    if needs.moves == "none" and views.moves:
+        problems.append(
+            f"method `{method}` compares the same place in two views: it needs views that change intensities only "
+            "(views.preset: intensity)"
+        )
+    if needs.decoder and config.model.decoder_blocks is None:
+        problems.append(f"method `{method}` trains a decoder: set model.decoder_blocks")
+    if not needs.decoder and config.model.decoder_blocks is not None:
+        problems.append(f"method `{method}` trains no decoder: remove model.decoder_blocks")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+class ArmConfig(StrictModel):
+    """One way to begin fine-tuning; all arms share every other setting."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}$")]
+    weights: Path | None = None
+    """Run folder or weights folder of a pretraining; null: from scratch."""
+    steps: PositiveInt | None = None
+    """Steps of this arm; null: training.steps. For a scratch arm that also receives the pretraining's steps."""
+
+
+class GridConfig(StrictModel):
+    """Label fractions x draws x seeds x arms."""
+
+    arms: tuple[ArmConfig, ...] = (ArmConfig(name="scratch"),)
+    n_labelled: tuple[PositiveInt, ...] = (1, 2, 8)
+    draws: PositiveInt = 5
+    seeds: tuple[NonNegativeInt, ...] = (0,)
+    n_validation: NonNegativeInt = 2
+    """Labelled volumes on which the best step is chosen; they count as labels in what is written."""
+    published_draws: Path | None = None
+    """CSV of published draws (role, n_labelled, draw, subjects) instead of random ones."""
+    upper_bound: bool = True
+    """Also train from scratch on every training label."""
+    jobs: PositiveInt = 1
+    """Cells that run at the same time, each in a process of its own."""
+
+    @field_validator("arms")
+    @classmethod
+    def _unique(cls, arms: tuple[ArmConfig, ...]) -> tuple[ArmConfig, ...]:
+        names = [arm.name for arm in arms]
+        if len(set(names)) < len(names) or "upper_bound" in names:
+            raise ValueError("arms need names of their own; `upper_bound` is taken")
+        return arms
+
+
+class FinetuneConfig(RunConfig):
+    """One fine-tuning grid."""
+
+    kind: Literal["finetune"] = "finetune"
+    task: TaskConfig  # type: ignore[valid-type]  # a union made from the table of tasks
+    batch_size: PositiveInt = 4
+    grid: GridConfig = GridConfig()
+    inference: InferenceConfig = InferenceConfig()
+    evaluate_on: str = "test"
+    """The split that is predicted and scored; `validation` while settings are searched."""
+    save_predictions: Literal["all", "none"] = "all"
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> FinetuneConfig:
+        self._check_encoder()
+        if self.evaluate_on in (self.data.splits or ()):
+            raise ValueError(f"evaluate_on: `{self.evaluate_on}` is one of data.splits, which are trained on")
+        if resolve_views(self.views, self.spatial_dims).n_views != 1:
+            raise ValueError("fine-tuning takes one view of each item: set views.n_views: 1")
+        return self
+
+
+CONFIGS: dict[str, Any] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}

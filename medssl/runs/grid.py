@@ -1,0 +1,144 @@
+"""Many small runs of one kind, resumable: a finished cell is never computed again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medssl.core.errors import ConfigError, Interrupted
+from medssl.core.files import write_json
+
+log = logging.getLogger(__name__)
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fine-tuning: an arm, a number of labelled volumes, a draw of them and a seed."""
+
+    arm: str
+    n_labelled: int
+    draw: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Folder name of the cell."""
+        return f"{self.arm}-n{self.n_labelled}-draw{self.draw}-seed{self.seed}"
+
+
+def fingerprint(value: Any) -> str:
+    """Short hash of what determines a cell's result (anything JSON can hold)."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def finished(folder: Path, key: str) -> Result | None:
+    """The result of a cell, if it was finished with the same settings.
+
+    Raises:
+        ConfigError: The cell was finished with other settings; mixing them in one table would be wrong.
+    """
+    path = folder / "result.json"
+    if not path.is_file():
+        return None
+    try:
+        stored = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read (%s); the cell is computed again", path, error)
+        return None
+    if stored.get("key") != key:
+        raise ConfigError(
+            "a finished cell of this grid was computed with other settings or data",
+            where=str(folder),
+            fix="choose another run name, or delete the cell's folder to compute it again",
+        )
+    result: Result = stored["result"]
+    return result
+
+
+def run_grid(
+    cells: Sequence[Cell],
+    run_cell: Callable[[Cell, Path], Result],
+    folder: Path,
+    *,
+    keys: Mapping[Cell, str],
+    jobs: int = 1,
+) -> dict[Cell, Result]:
+    """Compute every cell that is not finished yet.
+
+    Args:
+        cells: In the order in which they are begun.
+        run_cell: Picklable when ``jobs`` is above 1; gets the cell and its folder, returns what ``result.json`` holds.
+        folder: Parent of the cells' folders.
+        keys: Per cell the fingerprint of its settings.
+        jobs: Processes; each computes one cell at a time with one thread.
+
+    Raises:
+        Interrupted: A cell was asked to stop; it and those not begun are computed by a resumed run.
+        MedsslError: The first failure, after the cells that were running have ended.
+    """
+    results: dict[Cell, Result] = {}
+    waiting = []
+    for cell in cells:
+        done = finished(folder / cell.name, keys[cell])
+        if done is None:
+            waiting.append(cell)
+        else:
+            results[cell] = done
+    if results:
+        log.info("%d of %d cells are finished already", len(results), len(cells))
+    if jobs == 1 or len(waiting) < 2:
+        for number, cell in enumerate(waiting, start=1):
+            log.info("cell %d of %d: %s", number, len(waiting), cell.name)
+            results[cell] = _compute(run_cell, cell, folder / cell.name, keys[cell])
+        return results
+    return results | _in_parallel(waiting, run_cell, folder, keys, jobs)
+
+
+def _compute(run_cell: Callable[[Cell, Path], Result], cell: Cell, folder: Path, key: str) -> Result:
+    folder.mkdir(parents=True, exist_ok=True)
+    result = run_cell(cell, folder)
+    write_json(folder / "result.json", {"key": key, "cell": asdict(cell), "result": result})
+    return result
+
+
+def _compute_alone(run_cell: Callable[[Cell, Path], Result], cell: Cell, folder: Path, key: str) -> Result:
+    torch.set_num_threads(1)
+    return _compute(run_cell, cell, folder, key)
+
+
+def _in_parallel(
+    waiting: Sequence[Cell],
+    run_cell: Callable[[Cell, Path], Result],
+    folder: Path,
+    keys: Mapping[Cell, str],
+    jobs: int,
+) -> dict[Cell, Result]:
+    results: dict[Cell, Result] = {}
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {
+            pool.submit(_compute_alone, run_cell, cell, folder / cell.name, keys[cell]): cell for cell in waiting
+        }
+        try:
+            for future in as_completed(futures):
+                cell = futures[future]
+                results[cell] = future.result()
+                log.info("%d of %d cells done: %s", len(results), len(waiting), cell.name)
+        except BaseException as error:
+            for future in futures:
+                future.cancel()
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted("stopped; finished cells are kept", fix="go on with --resume") from error
+            raise
+    return results
