@@ -1,0 +1,84 @@
+"""Every loss over two processes equals the loss over one: value, and gradient of the network below it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from medssl.core.distributed import gather, world_size
+from medssl.losses import global_contrastive, local_contrastive, nearest_negatives, nt_xent, region_corners
+
+N, D = 12, 6  # 3 volumes x 4 partitions, as one global batch
+PARTITION, VOLUME = torch.arange(N) % 4, torch.arange(N) // 4
+CORNERS = region_corners((8, 8), 3)
+
+
+def gd(strategy):
+    return lambda z, p, v: global_contrastive(z, p, v, strategy=strategy)
+
+
+def dense(strategy):
+    return lambda f, p, v: local_contrastive(
+        f[:, 0], f[:, 1], CORNERS, negatives=nearest_negatives(CORNERS, 4), strategy=strategy, partition=p, volume=v
+    )
+
+
+ROWS = {
+    "nt_xent": lambda z, p, v: nt_xent(z[:, 1], z[:, 2]),
+    "global gr": lambda z, p, v: global_contrastive(z[:, 1:], strategy="gr"),
+    "global gd-": gd("gd-"),
+    "global gd": gd("gd"),
+}
+MAPS = {"local lr": dense("lr"), "local ld": dense("ld")}
+
+
+def losses_and_gradients(rank: int, processes: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of this process's share of the batch, gradients averaged over the processes as data-parallel training does."""
+    torch.manual_seed(0)
+    x = torch.randn(N, 3, 10, dtype=torch.float64)
+    maps = torch.randn(N, 2, 3, 8, 8, dtype=torch.float64)
+    linear, convolution = nn.Linear(10, D).double(), nn.Conv2d(3, 4, 3, padding=1).double()
+    mine = slice(rank * N // processes, (rank + 1) * N // processes)
+    results = {}
+    for name, loss in (ROWS | MAPS).items():
+        if name in ROWS:
+            network, z = linear, linear(x[mine])
+        else:
+            network, z = convolution, convolution(maps[mine].flatten(0, 1)).unflatten(0, (-1, 2))
+        whole, partition, volume = gather((z, PARTITION[mine], VOLUME[mine]))
+        assert len(whole) == N
+        network.zero_grad()
+        value = loss(whole, partition, volume)
+        value.backward()
+        gradient = torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
+        if world_size() > 1:
+            dist.all_reduce(gradient)
+        results[name] = (value.detach(), gradient / processes)
+    return results
+
+
+def run(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.save(losses_and_gradients(rank, 2), Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_two_processes_give_the_loss_and_gradient_of_one(tmp_path):
+    mp.spawn(run, args=(str(tmp_path),), nprocs=2)
+    one = losses_and_gradients(0, 1)
+    for rank in range(2):
+        two = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert two.keys() == one.keys()
+        for name, (value, gradient) in two.items():
+            expected, expected_gradient = one[name]
+            off = float((value - expected).abs() / expected.abs())
+            off_gradient = float((gradient - expected_gradient).abs().max() / expected_gradient.abs().max())
+            print(f"{name}, rank {rank}: relative difference of loss {off:.1e}, of gradient {off_gradient:.1e}")
+            assert off < 1e-12, (name, rank, off)
+            assert off_gradient < 1e-12, (name, rank, off_gradient)
