@@ -1,0 +1,198 @@
+"""What a method receives: the views of a batch, their geometry, and the label map that moved with view 0."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+from pydantic import PositiveInt, model_validator
+from torch import Tensor
+
+from medssl.core.errors import ShapeError, nearest
+from medssl.core.schema import StrictModel
+from medssl.transforms.artefacts import Artefact, add_artefacts
+from medssl.transforms.augment import Way, apply, apply_labels, draw
+from medssl.transforms.augment_config import (
+    Affine,
+    AugmentConfig,
+    BiasField,
+    Blur,
+    Brightness,
+    Contrast,
+    CropResize,
+    Flip,
+    Gamma,
+    Noise,
+)
+from medssl.transforms.geometry import inverse_theta, warp
+
+__all__ = ["PRESETS", "Artefact", "Views", "ViewsConfig", "inverse_theta", "make_views", "resolve_views", "warp"]
+
+PRESETS: Final[Mapping[str, AugmentConfig]] = MappingProxyType(
+    {
+        # Chaitanya et al. 2020: 100 of 192 voxels per axis, resized; brightness, then contrast. The program draws the
+        # intensities once for a whole batch and the corner in [10, 70) of [0, 92]; here each item draws, over the image.
+        "gcl": AugmentConfig(
+            crop_resize=CropResize(scale=(100 / 192, 100 / 192)),
+            brightness=Brightness(),
+            contrast=Contrast(),
+            clip=(0.0, 1.5),
+        ),
+        # Chaitanya et al. 2020, local loss: intensities only, so that regions of both views stay in place.
+        "intensity": AugmentConfig(brightness=Brightness(), contrast=Contrast(), clip=(0.0, 1.5)),
+        # Joint embedding methods: the spirit of Chen et al. 2020 without colour; strengths of augment_config.
+        "simclr": AugmentConfig(
+            crop_resize=CropResize(scale=(0.6, 1.0)),
+            flip=Flip(),
+            affine=Affine(),
+            blur=Blur(probability=0.5),
+            bias_field=BiasField(),
+            gamma=Gamma(probability=0.5),
+            brightness=Brightness(probability=0.5),
+            contrast=Contrast(probability=0.5),
+            noise=Noise(),
+        ),
+        # Fine-tuning with few labels. Chaitanya et al. 2020 rotate by 15 degrees and scale by 5 %; the wider scale is
+        # ours. No flips: left and right are different structures.
+        "segmentation": AugmentConfig(
+            affine=Affine(scale=(0.85, 1.15)),
+            bias_field=BiasField(probability=0.2),
+            gamma=Gamma(),
+            brightness=Brightness(probability=0.5, amount=0.1),
+            contrast=Contrast(probability=0.5, factor=(0.8, 1.2)),
+            noise=Noise(probability=0.2, std=(0.0, 0.05)),
+        ),
+        "none": AugmentConfig(),
+    }
+)
+_DEFAULT: Final = "simclr"
+
+
+class ViewsConfig(StrictModel):
+    """How many views of each item, and how they are made."""
+
+    n_views: PositiveInt = 2
+    """All views, the original included."""
+    original: bool = False
+    """View 0 is the item itself."""
+    preset: str | None = None
+    """A policy of ``PRESETS`` for every augmented view; ``simclr`` where ``augment`` is not given either."""
+    augment: AugmentConfig | tuple[AugmentConfig, ...] | None = None
+    """Instead of a preset: one policy for every augmented view, or a list with one for each."""
+    artefacts: tuple[Artefact, ...] = ()
+    """TorchIO artefacts, before everything else, in augmented views; slow, always on the CPU."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ViewsConfig:
+        if self.preset is not None and self.augment is not None:
+            raise ValueError("give preset or augment, not both")
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"unknown preset `{self.preset}`. {nearest(self.preset, PRESETS)}")
+        if isinstance(self.augment, tuple) and len(self.augment) != self.n_augmented:
+            raise ValueError(
+                f"augment lists {len(self.augment)} policies for {self.n_augmented} augmented views "
+                f"(n_views {self.n_views}{', one of them the original' if self.original else ''})"
+            )
+        if self.n_augmented == 0 and (self.preset is not None or self.augment is not None or self.artefacts):
+            raise ValueError("the only view is the original: leave preset, augment and artefacts out, or raise n_views")
+        return self
+
+    @property
+    def n_augmented(self) -> int:
+        """Views that are not the original."""
+        return self.n_views - int(self.original)
+
+    @property
+    def policies(self) -> tuple[AugmentConfig, ...]:
+        """One policy per augmented view, the preset looked up."""
+        if isinstance(self.augment, tuple):
+            return self.augment
+        policy = PRESETS[self.preset or _DEFAULT] if self.augment is None else self.augment
+        return (policy,) * self.n_augmented
+
+    @property
+    def moves(self) -> bool:
+        """Whether any view moves voxels (what dense methods without geometry refuse)."""
+        return any(policy.moves for policy in self.policies)
+
+
+@dataclass(frozen=True)
+class Views:
+    """The views of one batch.
+
+    Attributes:
+        views: One (N, C, *size) float32 per view.
+        geometry: Per view theta (N, d, d + 1), view -> item, on the device of the images, or None where nothing moves.
+        label_map: (N, *size) moved with view 0, or None.
+    """
+
+    views: tuple[Tensor, ...]
+    geometry: tuple[Tensor | None, ...]
+    label_map: Tensor | None = None
+
+
+def resolve_views(config: ViewsConfig, spatial_dims: int) -> ViewsConfig:
+    """The same configuration with the preset written out as one policy per view, checked for these images.
+
+    Raises:
+        ConfigError: A policy names an axis that the images do not have.
+    """
+    for policy in config.policies:
+        policy.check(spatial_dims)
+    if config.n_augmented == 0:
+        return config
+    return config.model_copy(update={"preset": None, "augment": config.policies})
+
+
+def make_views(
+    images: Tensor,
+    config: ViewsConfig,
+    *,
+    seed: int,
+    step: int,
+    slots: Sequence[int] | Tensor,
+    label_maps: Tensor | None = None,
+    method: Way = "auto",
+) -> Views:
+    """Make the views of a batch; determined by (seed, step, slot, view) for each item on its own.
+
+    Args:
+        images: (N, C, *spatial) float.
+        config: What to make.
+        seed: The run's seed.
+        step: The training step.
+        slots: (N,) place of each item in the global batch.
+        label_maps: (N, *spatial) integers, -1 where unlabelled; moved with view 0.
+        method: See ``augment.apply``.
+
+    Raises:
+        ShapeError: Numbers of images, slots and label maps differ, or shapes do.
+        ConfigError: A policy does not fit the images.
+    """
+    if len(slots) != len(images):
+        raise ShapeError("every image needs its slot", found=f"{len(images)} images, {len(slots)} slots")
+    if label_maps is not None and label_maps.shape != (len(images), *images.shape[2:]):
+        raise ShapeError(
+            "label maps and images differ in shape",
+            found=f"label maps {tuple(label_maps.shape)}, images {tuple(images.shape)}",
+        )
+    slots = slots.tolist() if isinstance(slots, Tensor) else [int(slot) for slot in slots]
+    views: list[Tensor] = []
+    geometry: list[Tensor | None] = []
+    label_map = label_maps
+    if config.original:
+        views.append(images.float())
+        geometry.append(None)
+    for policy in config.policies:
+        view = len(views)
+        source = images
+        if config.artefacts:
+            source = add_artefacts(images, config.artefacts, seed=seed, step=step, slots=slots, view=view)
+        params = draw(policy, images.shape[2:], seed=seed, step=step, slots=slots, view=view)
+        views.append(apply(source, params, policy, method=method))
+        geometry.append(None if params.theta is None else params.theta.to(images.device))
+        if view == 0 and label_maps is not None:
+            label_map = apply_labels(label_maps, params, policy)
+    return Views(tuple(views), tuple(geometry), label_map)
