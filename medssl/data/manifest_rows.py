@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Final
@@ -29,7 +30,9 @@ MAX_AGE: Final = 130.0
 _ID = re.compile(rf"(?!\.)[A-Za-z0-9._-]{{1,{MAX_ID}}}")
 _FORMULA: Final = ("=", "+", "-", "@")
 _SYSTEM: Final = ("/dev/", "/proc/", "/sys/")
-_PLAIN_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d*)?([eE][+-]?\d+)?|-?\.\d+")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+# Without leading zeros, which are part of an id.
+_PLAIN_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]+)?|-?\.[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def _split_cells(text: str, problems: list[Problem]) -> tuple[list[str], list[li
     start = 1
     try:
         for row in reader:
-            if any(cell.strip() for cell in row):
+            if "".join(row).strip():
                 if not header:
                     header = [cell.strip() for cell in row]
                 elif len(row) != len(header):
@@ -121,7 +124,7 @@ def _split_cells(text: str, problems: list[Problem]) -> tuple[list[str], list[li
         if len(header) == 1 and mark in header[0]:
             problems.append(Problem(1, "", f"columns are separated by {name}; save the file with commas"))
             return [], [], np.empty(0, np.int64)
-    columns = [[cell.strip() for cell in column] for column in zip(*rows)] if rows else [[] for _ in header]
+    columns = [list(map(str.strip, column)) for column in zip(*rows)] if rows else [[] for _ in header]
     return header, columns, np.array(lines, np.int64)
 
 
@@ -163,58 +166,55 @@ def _name_columns(
 
 
 def _check_cells(cells: Mapping[str, list[str]], lines: np.ndarray, problems: list[Problem]) -> None:
-    def report(column: str, positions: Iterable[int], message: Callable[[str], str]) -> None:
-        problems.extend(Problem(int(lines[i]), column, message(cells[column][i])) for i in positions)
+    def report(column: str, bad: Callable[[str], bool], message: Callable[[str], str] | str) -> None:
+        """A problem for every cell of ``column`` whose value is bad; each different value is looked at once."""
+        values = cells.get(column, [])
+        found = {value for value in set(values) if bad(value)}
+        for i in (i for i, value in enumerate(values) if value in found) if found else ():
+            text = message if isinstance(message, str) else message(values[i])
+            problems.append(Problem(int(lines[i]), column, text))
 
     for name, values in cells.items():
-        suspects = [i for i, value in enumerate(values) if value.startswith(_FORMULA)]
-        report(name, (i for i in suspects if not _is_number(values[i])), _formula_message)
-        odd = (i for i, value in enumerate(values) if not value.isprintable())
-        report(name, odd, lambda value: f"{_short(value)} holds a line break or another control character")
+        text = "\n".join(["", *values])  # one search of the whole column is much faster than one look at each cell
+        if any(f"\n{mark}" in text for mark in _FORMULA):
+            report(name, lambda v: v.startswith(_FORMULA) and not _is_number(v), _formula_message)
+        if not "".join(values).isprintable():
+            report(
+                name, lambda v: not v.isprintable(), lambda v: f"{_short(v)} holds a line break or control character"
+            )
     for name in REQUIRED:
-        empty = (i for i, value in enumerate(cells.get(name, ())) if not value)
-        report(name, empty, lambda _: "this cell is required, but empty")
+        report(name, lambda v: not v, "this cell is required, but empty")
     for name in ("subject", "session"):
-        bad = (i for i, value in enumerate(cells.get(name, ())) if value and not _ID.fullmatch(value))
-        report(name, bad, _id_message)
-    if "age" in cells:
-        _check_numbers("age", cells["age"], report, lambda x: (x >= 0) & (x <= MAX_AGE), f"an age of 0 to {MAX_AGE:g}")
-    if "frame" in cells:
-        whole = "a whole number from 0 on (index into a 4D file)"
-        _check_numbers("frame", cells["frame"], report, lambda x: (x >= 0) & (x == np.floor(x)) & (x < 2**31), whole)
-    _check_paths(cells, report)
+        report(name, lambda v: bool(v) and not _ID.fullmatch(v), _id_message)
+    _report_numbers("age", report, lambda x: 0 <= x <= MAX_AGE, f"an age of 0 to {MAX_AGE:g} years")
+    whole = "a whole number from 0 on (index into a 4D file)"
+    _report_numbers("frame", report, lambda x: 0 <= x < 2**31 and x == int(x), whole)
+    for name in ("image", "label"):
+        if any(folder in "".join(cells.get(name, ())) for folder in _SYSTEM):
+            report(name, _is_system_path, lambda v: f"{_short(v)} points at a device or into a system folder")
+    report("image", _has_hole, lambda v: f"{_short(v)} has an empty path beside a semicolon")
+    report("label", lambda v: ";" in v, lambda v: f"{_short(v)} names several files; a volume has one label map")
+    for i, (modality, image) in enumerate(zip(cells.get("modality", ()), cells.get("image", ()))):
+        # One 4D file may hold all channels, so that several modalities go with one path.
+        if ";" in modality and ";" in image and modality.count(";") != image.count(";"):
+            message = f"{_short(modality)} does not name one modality per image path"
+            problems.append(Problem(int(lines[i]), "modality", message))
     _check_rows(cells, lines, problems)
 
 
-def _check_numbers(name: str, values: list[str], report: Callable, valid: Callable, expected: str) -> None:
-    numbers = _numbers(values)
-    with np.errstate(invalid="ignore"):
-        good = np.isfinite(numbers) & valid(numbers)
-    bad = (i for i in np.flatnonzero(~good) if values[i])
-    report(name, bad, lambda value: f"{_short(value)} is not {expected}; leave the cell empty if it is unknown")
+def _report_numbers(name: str, report: Callable, valid: Callable[[float], bool], expected: str) -> None:
+    def bad(value: str) -> bool:
+        return bool(value) and not (_is_number(value) and math.isfinite(float(value)) and valid(float(value)))
+
+    report(name, bad, lambda v: f"{_short(v)} is not {expected}; leave the cell empty if it is unknown")
 
 
-def _check_paths(cells: Mapping[str, list[str]], report: Callable) -> None:
-    for name in ("image", "label"):
-        values = cells.get(name, [])
-        system = (
-            i for i, value in enumerate(values) if any(part.strip().startswith(_SYSTEM) for part in _parts(value))
-        )
-        report(name, system, lambda value: f"{_short(value)} points at a device or into a system folder")
-    images = cells.get("image", [])
-    holes = (
-        i for i, value in enumerate(images) if value and ";" in value and not all(p.strip() for p in _parts(value))
-    )
-    report("image", holes, lambda value: f"{_short(value)} has an empty path between its semicolons")
-    joined = (i for i, value in enumerate(cells.get("label", ())) if ";" in value)
-    report("label", joined, lambda value: f"{_short(value)} names several files; a volume has one label map")
-    if "modality" in cells:
-        for_channels = (
-            i
-            for i, value in enumerate(cells["modality"])
-            if ";" in value and i < len(images) and value.count(";") != images[i].count(";")
-        )
-        report("modality", for_channels, lambda value: f"{_short(value)} does not name one modality per image path")
+def _is_system_path(value: str) -> bool:
+    return any(part.strip().startswith(_SYSTEM) for part in value.split(";"))
+
+
+def _has_hole(value: str) -> bool:
+    return ";" in value and not all(part.strip() for part in value.split(";"))
 
 
 def _check_rows(cells: Mapping[str, list[str]], lines: np.ndarray, problems: list[Problem]) -> None:
@@ -250,9 +250,8 @@ def _typed_table(cells: Mapping[str, list[str]]) -> pd.DataFrame:
         else:
             table[name] = pd.Series([value or None for value in values], dtype=object)
     for name in ("image", "modality"):
-        joined = table[name].notna() & table[name].astype(str).str.contains(";", regex=False)
-        for i in np.flatnonzero(joined.to_numpy()):
-            table[name].iloc[i] = ";".join(part.strip() for part in table[name].iloc[i].split(";"))
+        tidy = [";".join(map(str.strip, v.split(";"))) if v and ";" in v else v for v in table[name]]
+        table[name] = pd.Series(tidy, dtype=object)
     table["group"] = table["group"].where(table["group"].notna(), table["subject"])
     return pd.DataFrame(table)
 
@@ -261,8 +260,8 @@ def _cases(table: pd.DataFrame) -> list[str]:
     """subject[_session][_frameNN]; where that repeats, the modality is added, and then a number."""
     names = table["subject"].astype(str)
     names = names.where(table["session"].isna(), names + "_" + table["session"].astype(str))
-    frame = table["frame"].map(lambda value: "" if pd.isna(value) else f"_frame{value:02d}").astype(object)
-    names = names + frame
+    numbers = table["frame"].fillna(-1).astype(int).tolist()
+    names = names + pd.Series([f"_frame{n:02d}" if n >= 0 else "" for n in numbers], dtype=object)
     repeated = names.str.lower().duplicated(
         keep=False
     )  # names that differ in capitals alone are one file on some disks
@@ -280,23 +279,13 @@ def _cases(table: pd.DataFrame) -> list[str]:
     return cases
 
 
-def _parts(value: str) -> list[str]:
-    return value.split(";")
-
-
 def _numbers(values: list[str]) -> np.ndarray:
-    """float64; NaN where a cell is no number."""
-    return pd.to_numeric(pd.Series([value or None for value in values], dtype=object), errors="coerce").to_numpy(
-        np.float64, na_value=np.nan
-    )
+    """Checked cells as float64; NaN where a cell is empty."""
+    return np.array([float(value) if value else math.nan for value in values], np.float64)
 
 
 def _is_number(value: str) -> bool:
-    try:
-        float(value)
-    except ValueError:
-        return False
-    return True
+    return _NUMBER.fullmatch(value) is not None  # float() would also take 1_000, nan and infinity
 
 
 def _short(value: str) -> str:

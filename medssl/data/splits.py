@@ -426,7 +426,9 @@ def _strata(table: pd.DataFrame, name: str) -> dict[str, str]:
         mean = values.astype(float).groupby(table["group"]).mean()
         return pd.qcut(mean, AGE_BINS, labels=False, duplicates="drop").astype(str).to_dict()
     text = values.astype(object).where(values.notna(), "").astype(str)
-    return text.groupby(table["group"]).agg(lambda cells: cells.mode().iloc[0]).to_dict()
+    counts = text.groupby([table["group"], text]).size().rename_axis(["group", "value"]).reset_index(name="n")
+    ranked = counts.sort_values(["group", "n", "value"], ascending=[True, False, True]).drop_duplicates("group")
+    return dict(zip(ranked["group"], ranked["value"]))
 
 
 def _spread(groups: Sequence[str], n: int, seed: int, use: int) -> tuple[list[str], list[str]]:
