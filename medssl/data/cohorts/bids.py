@@ -50,7 +50,8 @@ class Name:
 
 
 def recognise(root: Path) -> Recognition:
-    """BIDS if `sub-*` folders lie beside dataset_description.json or participants.tsv, or hold BIDS-named images.""" folders = [path for path in sorted(root.glob("sub-*")) if path.is_dir()]
+    """BIDS if `sub-*` folders lie beside dataset_description.json or participants.tsv, or hold BIDS-named images."""
+    folders = [path for path in sorted(root.glob("sub-*")) if path.is_dir()]
     if not folders:
         return Recognition(0.0, "no sub-* folder")
     for name in ("dataset_description.json", "participants.tsv"):
@@ -178,7 +179,8 @@ def _label_maps(files: list[str], suffix: str) -> list[Name]:
 
 
 def _label_of(image: Name, maps: list[Name]) -> str | None:
-    """The map of the same sub and ses; run and acq must agree where the map states them.""" for name in maps:
+    """The map of the same sub and ses; run and acq must agree where the map states them."""
+    for name in maps:
         same = all(name.entities.get(key) == image.entities.get(key) for key in ("sub", "ses"))
         if same and all(
             name.entities.get(key, image.entities.get(key)) == image.entities.get(key) for key in ("run", "acq")

@@ -1,8 +1,8 @@
 """Synthetic T1-like heads whose ventricles widen and whose cortex thins with age, at several sites.
 
 Age explains only part of the anatomy (a person's own rate of ageing and head size explain the rest), so that even a
-perfect reader of the anatomy is a few years off. Sites differ in contrast, coil, noise and resolution: a site changes the
-image, never the anatomy, and age does not depend on it.
+perfect reader of the anatomy is a few years off. Sites differ in contrast, coil, noise and resolution: a site changes
+the image, never the anatomy, and age does not depend on it.
 """
 
 from __future__ import annotations

@@ -187,7 +187,8 @@ def _right_ventricle(
 
 
 def _basal(rng: np.random.Generator, image: Array, dx: Array, dy: Array, z: Array, tissue: dict[str, float]) -> None:
-    """Above the valves (z < 0) the left atrium and the outflow tracts replace the ventricles; none is labelled.""" above = z < 0.0
+    """Above the valves (z < 0) the left atrium and the outflow tracts replace the ventricles; none is labelled."""
+    above = z < 0.0
     near = z < rng.uniform(0.05, 0.2)
     atrium = 1 - _ellipse(dx - rng.uniform(-2, 8), dy + rng.uniform(26, 36), 25, 15)
     for shape, where, bright in (
