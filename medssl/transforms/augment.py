@@ -28,7 +28,7 @@ from medssl.transforms.augment_config import (
     Noise,
 )
 from medssl.transforms.augment_params import Params, draw
-from medssl.transforms.geometry import resample_batch, resample_item, resample_labels
+from medssl.transforms.resampling import resample_batch, resample_item, resample_labels
 
 __all__ = [
     "Affine",
@@ -124,13 +124,13 @@ def _move_batch(images: Tensor, params: Params, config: AugmentConfig) -> Tensor
     if params.theta is None or params.moved is None or params.rotated is None or not bool(params.moved.any()):
         return images.clone()
     rows = params.moved.nonzero()[:, 0]
-    theta, inside = params.theta[rows], ~params.rotated[rows]
+    theta = params.theta[rows]
     if len(rows) == len(images):
-        return resample_batch(images, theta, params.size, _padding(config), inside)
+        return resample_batch(images, theta, params.size, _padding(config))
     # A size other than the images' moves every item, so sizes agree here.
     views = images.clone()
     index = rows.to(images.device)
-    views[index] = resample_batch(images[index], theta, params.size, _padding(config), inside)
+    views[index] = resample_batch(images[index], theta, params.size, _padding(config))
     return views
 
 

@@ -1,8 +1,8 @@
 """Settings of the random augmentations: one class per operation, absent meaning off.
 
 Intensities are taken to lie in about [0, 1] (percentile scaling). Every default names where it comes from; "ours" marks
-a choice of this package. GCL is Chaitanya et al. 2020 (arXiv:2006.10511), LCL Chaitanya et al. 2023, y-aware Dufumier et
-al. 2021 (arXiv:2106.08808), nnU-Net Isensee et al. 2021 (its published training transforms).
+a choice of this package. GCL is Chaitanya et al. 2020 (arXiv:2006.10511), LCL its local loss and fine-tuning, y-aware
+Dufumier et al. 2021 (arXiv:2106.08808), nnU-Net Isensee et al. 2021 (its published training transforms).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from medssl.transforms.geometry import rotation, theta_from_voxels
 
 Floats = npt.NDArray[np.float64]
 
-# First column and number of columns of each operation; the first of each decides whether it happens (flip: one per axis).
+# First column and number of columns of each operation; the first one decides whether it happens (flip: one per axis).
 _COLUMNS: Final[dict[str, tuple[int, int]]] = {
     "crop_resize": (0, 5),
     "flip": (5, 3),

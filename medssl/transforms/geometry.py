@@ -2,19 +2,18 @@
 
 A ``theta`` (N, d, d + 1) maps the normalised coordinates of a view to those of its source, exactly as
 ``torch.nn.functional.affine_grid(..., align_corners=False)`` takes it: -1 and 1 are the outer faces of the first and
-last voxel, and coordinates run from the last axis to the first. Normalised coordinates stretch with the axes, so maps are
-built in voxel coordinates (here: 0 to S, faces of the image) and converted at the end.
+last voxel, and coordinates run from the last axis to the first. Normalised coordinates stretch with the axes, so maps
+are built in voxel coordinates (here: 0 to S, faces of the image) and converted at the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy import ndimage
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
@@ -129,123 +128,3 @@ def warp(
         )
     points = grid(theta.to(features), tuple(features.shape[2:]) if size is None else size)
     return grid_sample(features, points, mode=mode, padding_mode=padding, align_corners=False)
-
-
-def resample_batch(images: Tensor, theta: Tensor, size: Sequence[int], padding: Padding, inside: Tensor) -> Tensor:
-    """Linear resampling of a whole batch on its device.
-
-    Args:
-        images: (N, C, *spatial) float32.
-        theta: (N, d, d + 1).
-        size: Voxels per axis of the views.
-        padding: What lies outside.
-        inside: (N,) bool: crops and flips, of which no sample can lie outside; the outer half voxel is not padded.
-
-    Returns:
-        (N, C, *size).
-    """
-    points = grid(theta.to(images.device), size)
-    if padding == "zeros" and bool(inside.any()):
-        limit = 1 - 1 / torch.tensor(images.shape[:1:-1], dtype=torch.float32)
-        bound = torch.where(inside[:, None], limit, torch.inf).to(images.device)
-        bound = bound.reshape(len(images), *(1,) * len(size), len(size))
-        points = torch.minimum(torch.maximum(points, -bound), bound)
-    return grid_sample(images, points, mode="bilinear", padding_mode=padding, align_corners=False)
-
-
-def along_axis(image: Tensor, matrix: Tensor, axis: int) -> Tensor:
-    """Replace axis ``axis`` of ``image`` by its product with ``matrix`` (new, old), or (N, new, old) per item."""
-    shape = image.shape
-    if matrix.dim() == 2 and axis == image.dim() - 1:
-        return (image.reshape(-1, shape[-1]) @ matrix.T).reshape(*shape[:-1], len(matrix))
-    if matrix.dim() == 2:
-        lead, tail = shape[:axis].numel(), shape[axis + 1 :].numel()
-        product = torch.matmul(matrix, image.reshape(lead, shape[axis], tail))
-    else:
-        lead, tail = shape[1:axis].numel(), shape[axis + 1 :].numel()
-        product = torch.matmul(matrix[:, None], image.reshape(shape[0], lead, shape[axis], tail))
-    return product.reshape(*shape[:axis], matrix.shape[-2], *shape[axis + 1 :])
-
-
-def resample_item(image: Tensor, theta: Tensor, out: Tensor, padding: Padding, inside: bool) -> None:
-    """Linear resampling of one item on the CPU, written to ``out``; equal to ``resample_batch``.
-
-    Args:
-        image: (C, *spatial) float32.
-        theta: (d, d + 1).
-        out: (C, *size) float32, contiguous.
-        padding: What lies outside.
-        inside: A crop or flip: the axes stay apart, so one small matrix product each does it.
-    """
-    source, size = image.shape[1:], out.shape[1:]
-    matrix, offset = voxels_from_theta(theta[None], size, source)
-    if inside:
-        for axis, (old, new) in enumerate(zip(source, size, strict=True)):
-            weights, low, high = _interpolation(matrix[0, axis, axis], offset[0, axis], old, new)
-            image = along_axis(image.narrow(axis + 1, low, high - low), weights, axis + 1)
-        out.copy_(image)
-        return
-    mode = "nearest" if padding == "border" else "grid-constant"
-    for channel, target in zip(image.numpy(), out.numpy(), strict=True):
-        ndimage.affine_transform(channel, matrix[0], offset[0], output=target, order=1, mode=mode)
-
-
-def _interpolation(step: float, start: float, old: int, new: int) -> tuple[Tensor, int, int]:
-    """Weights (new, high - low) that interpolate ``start + step * i`` on voxels ``low`` to ``high`` of ``old``."""
-    position = np.clip(start + step * np.arange(new), 0, old - 1)
-    below = np.minimum(position.astype(np.int64), max(old - 2, 0))
-    share = position - below
-    low, high = int(below.min()), min(int(below.max()) + 2, old)
-    weights = np.zeros((new, high - low), dtype=np.float32)
-    rows = np.arange(new)
-    weights[rows, below - low] = 1 - share
-    weights[rows, np.minimum(below + 1, old - 1) - low] += share
-    return torch.from_numpy(weights), low, high
-
-
-def resample_labels(labels: Tensor, theta: Tensor, size: Sequence[int], padding: Padding, inside: Tensor) -> Tensor:
-    """Nearest voxel of every label map, on the CPU or an accelerator.
-
-    Outside the image lies its border, or with zeros the background; an item without a single label (all -1) stays so.
-
-    Args:
-        labels: (N, *spatial) integers, -1 where unlabelled.
-        theta: (N, d, d + 1).
-        size: Voxels per axis of the views.
-        padding: What lies outside.
-        inside: (N,) bool, as for ``resample_batch``.
-
-    Returns:
-        (N, *size), same type.
-    """
-    source = labels.shape[1:]
-    matrix, offset = voxels_from_theta(theta, size, source)
-    result = labels.new_empty((len(labels), *size))
-    for item in range(len(labels)):
-        clamp = padding == "border" or bool(inside[item])
-        if labels.device.type == "cpu" and not bool(inside[item]):
-            fill = 0 if clamp else min(0, int(labels[item].max()))
-            ndimage.affine_transform(
-                labels[item].numpy(), matrix[item], offset[item], output=result[item].numpy(), order=0,
-                mode="nearest" if clamp else "grid-constant", cval=fill,
-            )  # fmt: skip
-        else:
-            result[item] = _nearest(labels[item], matrix[item], offset[item], size, clamp)
-    return result
-
-
-def _nearest(labels: Tensor, matrix: Floats, offset: Floats, size: Sequence[int], clamp: bool) -> Tensor:
-    dims, device = labels.dim(), labels.device
-    index: Any = torch.zeros((1,) * dims, dtype=torch.int64, device=device)
-    outside: Any = torch.zeros((1,) * dims, dtype=torch.bool, device=device)
-    for row, old in enumerate(labels.shape):
-        position: Any = float(offset[row])
-        for axis, new in enumerate(size):
-            if matrix[row, axis] != 0:
-                line = torch.arange(new, device=device, dtype=torch.float64) * float(matrix[row, axis])
-                position = position + line.reshape(*(1,) * axis, new, *(1,) * (dims - 1 - axis))
-        voxel = torch.floor(torch.as_tensor(position, device=device) + 0.5).long()
-        outside = outside | (voxel < 0) | (voxel >= old)
-        index = index * old + voxel.clamp(0, old - 1)
-    values = labels.reshape(-1)[index].expand(*size)
-    return values if clamp else torch.where(outside, labels.max().clamp(max=0), values)

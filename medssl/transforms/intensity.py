@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from medssl.transforms.augment_params import exponents
-from medssl.transforms.geometry import along_axis
+from medssl.transforms.resampling import along_axis, product
 
 
 def on_active(images: Tensor, active: Tensor, change: Callable[[Tensor, Tensor], None]) -> None:
@@ -48,9 +48,9 @@ def blur(images: Tensor, sigma: Tensor, skip_axis: int | None = None) -> None:
         if axis == skip_axis or length == 1:
             continue
         if len(images) == 1:
-            images.copy_(_banded(images, gaussian_matrix(sigma, length)[0], axis + 2, reach(float(sigma[0]))))
+            images.copy_(along_axis(images, gaussian_matrix(sigma, length)[0], axis + 2))
         else:
-            images.copy_(along_axis(images, gaussian_matrix(sigma, length).to(images.device), axis + 2))
+            images.copy_(product(images, gaussian_matrix(sigma, length).to(images.device), axis + 2))
 
 
 def reach(sigma: float) -> int:
@@ -73,19 +73,6 @@ def gaussian_matrix(sigma: Tensor, length: int) -> Tensor:
     return matrix.float()
 
 
-def _banded(images: Tensor, matrix: Tensor, axis: int, far: int, block: int = 32) -> Tensor:
-    """``along_axis`` for a matrix that is zero further than ``far`` from its diagonal: blocks of rows skip the zeros."""
-    length = len(matrix)
-    if length <= 2 * block:
-        return along_axis(images, matrix, axis)
-    parts = []
-    for first in range(0, length, block):
-        last = min(first + block, length)
-        low, high = max(0, first - far), min(length, last + far)
-        parts.append(along_axis(images.narrow(axis, low, high - low), matrix[first:last, low:high], axis))
-    return torch.cat(parts, dim=axis)
-
-
 def bias_field(images: Tensor, coefficients: Tensor, degree: int) -> None:
     """Multiply by exp of a polynomial; the polynomial is built up axis by axis, by small matrix products.
 
@@ -102,7 +89,7 @@ def bias_field(images: Tensor, coefficients: Tensor, degree: int) -> None:
     field = table.to(images.device)
     for axis, length in enumerate(spatial):
         centres = (2 * torch.arange(length, device=images.device, dtype=torch.float32) + 1) / length - 1
-        field = along_axis(field, centres[:, None] ** torch.arange(degree + 1, device=images.device), axis + 1)
+        field = product(field, centres[:, None] ** torch.arange(degree + 1, device=images.device), axis + 1)
     images.mul_(field.exp_()[:, None])
 
 
@@ -115,7 +102,7 @@ def gamma(images: Tensor, exponent: Tensor) -> None:
 def brightness_contrast(
     images: Tensor, amount: Tensor | None, factor: Tensor | None, centre: Literal["mean"] | float
 ) -> None:
-    """(x + amount - m) * factor + m, m the centre (the mean of each channel of x + amount, or a number), in one pass."""
+    """(x + amount - m) * factor + m, m the mean of each channel of x + amount or a number, in one pass."""
     if factor is None:
         if amount is not None:
             images.add_(per_item(amount, images))
@@ -127,7 +114,7 @@ def brightness_contrast(
 
 
 def noise(images: Tensor, std: Tensor, seeds: Sequence[int]) -> None:
-    """Add Gaussian noise, item by item from its own stream on the device, so that neighbours in a batch do not matter."""
+    """Add Gaussian noise, item by item from its own stream: neighbours in a batch do not matter."""
     generator = torch.Generator(device=images.device)
     for image, deviation, seed in zip(images, std.tolist(), seeds, strict=True):
         generator.manual_seed(seed)

@@ -33,7 +33,7 @@ __all__ = ["PRESETS", "Artefact", "Views", "ViewsConfig", "inverse_theta", "make
 PRESETS: Final[Mapping[str, AugmentConfig]] = MappingProxyType(
     {
         # Chaitanya et al. 2020: 100 of 192 voxels per axis, resized; brightness, then contrast. The program draws the
-        # intensities once for a whole batch and the corner in [10, 70) of [0, 92]; here each item draws, over the image.
+        # intensities once for a batch and the corner in [10, 70) of [0, 92]; here each item draws, over all the image.
         "gcl": AugmentConfig(
             crop_resize=CropResize(scale=(100 / 192, 100 / 192)),
             brightness=Brightness(),
