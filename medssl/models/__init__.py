@@ -1,0 +1,24 @@
+"""Networks: encoders, decoders, heads, normalisation, and weights on disk."""
+
+from medssl.models.decoders import Decoder, SegmentationNet, build_decoder
+from medssl.models.encoders import ENCODERS, EncoderEntry, build_encoder
+from medssl.models.initialise import seeded_init
+from medssl.models.norm import SyncBatchNorm, make_norm
+from medssl.models.weights import LoadReport, encoder_from_weights, load_weights, read_model, save_weights
+
+__all__ = [
+    "ENCODERS",
+    "Decoder",
+    "EncoderEntry",
+    "LoadReport",
+    "SegmentationNet",
+    "SyncBatchNorm",
+    "build_decoder",
+    "build_encoder",
+    "encoder_from_weights",
+    "load_weights",
+    "make_norm",
+    "read_model",
+    "save_weights",
+    "seeded_init",
+]

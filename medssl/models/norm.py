@@ -1,0 +1,96 @@
+"""Normalisation layers, and a batch norm over several processes that also works on CPU tensors."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medssl.core.distributed import gather, world_size
+from medssl.core.errors import InputError
+
+Norm = Literal["group", "instance", "batch"]
+
+GROUPS = 8
+
+
+def make_norm(kind: Norm, channels: int, dims: int) -> nn.Module:
+    """A normalisation layer with learned scale and shift.
+
+    Args:
+        kind: "group": 8 groups (or the largest divisor shared with ``channels``); "instance": each channel of each
+            item by itself; "batch": over the whole batch of all processes.
+        channels: Number of channels.
+        dims: Spatial axes, 2 or 3.
+    """
+    if kind == "group":
+        return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
+    if kind == "instance":
+        # One group a channel is instance norm, and unlike torch's own accepts maps of a single voxel.
+        return nn.GroupNorm(channels, channels)
+    if kind == "batch":
+        return SyncBatchNorm(channels)
+    raise InputError(f"norm `{kind}` is not known", found=str(dims) + "D", fix="use group, instance or batch")
+
+
+class SyncBatchNorm(nn.Module):
+    """Batch norm over the items of every process; with one process exactly torch's batch norm.
+
+    Ioffe & Szegedy 2015 (arXiv:1502.03167). ``torch.nn.SyncBatchNorm`` refuses CPU tensors, and a plain batch norm
+    makes two processes train differently from one. Every process hands round its mean, its squared deviations and its count
+    once a call; they are combined as Chan et al. 1979 do, without the cancellation of E[x^2] - E[x]^2.
+    Parameter and buffer names are those of torch's, so weights can be exchanged. Inputs (N, C, *spatial).
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, channels: int, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise; in training with the statistics of the batch, which also move the running ones."""
+        if self.training:
+            self.num_batches_tracked += 1
+            if world_size() > 1:
+                return self._over_processes(x)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+        )
+
+    def _over_processes(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            mean, var, count = _global_moments(wide)
+            with torch.no_grad():
+                unbiased = var * (count / (count - 1).clamp(min=1))
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+            scale = self.weight * torch.rsqrt(var + self.eps)
+            shape = (1, -1) + (1,) * (x.ndim - 2)
+            result = (wide - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)
+        return cast(Tensor, result.to(x.dtype))
+
+
+def _global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (C,), biased variance (C,) and count () over all processes, with gradient."""
+    axes = [0, *range(2, x.ndim)]
+    local = torch.full((1,), x.numel() / x.shape[1], dtype=x.dtype, device=x.device)
+    centre = x.mean(axes)
+    squares = (x - centre.view(1, -1, *(1,) * (x.ndim - 2))).square().sum(axes)
+    parts = gather(torch.cat([centre, squares, local])[None])  # (W, 2C + 1)
+    centres, deviations, counts = parts.split([x.shape[1], x.shape[1], 1], dim=1)
+    count = counts.detach().sum()
+    mean = (centres * counts).sum(0) / count
+    var = (deviations + counts * (centres - mean).square()).sum(0) / count
+    return mean, var, count
