@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,7 +20,8 @@ import pandas as pd
 import yaml
 from pydantic import field_validator
 
-from medssl.core.errors import ConfigError, DataError, DiskError
+from medssl.core.errors import ConfigError, DataError
+from medssl.core.files import atomic_write, read_yaml
 from medssl.core.schema import StrictModel, validate
 from medssl.data.manifest_rows import COLUMNS, DERIVED, REQUIRED, Problem, parse_rows
 
@@ -38,7 +38,6 @@ __all__ = [
 ]
 
 SHOWN_PROBLEMS: Final = 200
-MAX_META_BYTES: Final = 2**20
 
 
 class ManifestError(DataError):
@@ -136,6 +135,16 @@ class Manifest:
         label = self.row(volume)["label"]
         return None if pd.isna(label) else self._resolve(label)
 
+    def channels(self, volume: int) -> int | None:
+        """How many channels the fourth axis of the volume's one file holds; None where that axis is time or absent.
+
+        A row says so by naming several modalities for one path and no frame: ``T2;ADC``.
+        """
+        row = self.row(volume)
+        if pd.isna(row["modality"]) or pd.notna(row["frame"]) or ";" in row["image"] or ";" not in row["modality"]:
+            return None
+        return int(row["modality"].count(";")) + 1
+
     def _resolve(self, text: str) -> Path:
         return self.path.parent / text.strip()  # an absolute path stays what it is
 
@@ -212,34 +221,11 @@ def _read_meta(path: Path) -> ManifestMeta:
     if not path.exists():
         return ManifestMeta()
     try:
-        raw = path.read_bytes() if path.is_file() else b""
-        if not path.is_file() or len(raw) > MAX_META_BYTES:
-            raise DataError("the meta file is not a file of less than 1 MiB", where=str(path))
-        text = raw.decode("utf-8-sig")
-        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
-        values = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise DataError(
-            "the meta file of the manifest cannot be read", where=str(path), found=" ".join(str(error).split())
-        ) from error
-    try:
+        values = read_yaml(path)
         return validate(ManifestMeta, {} if values is None else values, source=path.name)
     except ConfigError as error:
-        raise DataError(error.message, where=str(path), fix="correct the file") from error
-
-
-def _refuse_repeated_keys(node: Any, path: Path) -> None:
-    """YAML keeps the last of two equal keys without a word; a label value named twice must not pass like that."""
-    if not isinstance(node, yaml.MappingNode):
-        return
-    seen: set[str] = set()
-    for key, value in node.value:
-        name = str(getattr(key, "value", key))
-        if name in seen:
-            raise DataError(f"`{name}` stands twice", where=f"{path}, line {key.start_mark.line + 1}")
-        seen.add(name)
-        if isinstance(value, yaml.MappingNode) and name == "label_names":
-            _refuse_repeated_keys(value, path)
+        where = error.where or str(path)
+        raise DataError(error.message, where=where, found=error.found, fix="correct the meta file") from error
 
 
 def write_manifest(table: pd.DataFrame, meta: ManifestMeta, path: Path | str) -> None:
@@ -263,36 +249,10 @@ def write_manifest(table: pd.DataFrame, meta: ManifestMeta, path: Path | str) ->
     known = [name for name in COLUMNS if name in table.columns]
     columns = known + [name for name in table.columns if name not in COLUMNS and name not in DERIVED]
     kept = [name for name in columns if name in REQUIRED or name not in COLUMNS or table[name].notna().any()]
-    content = table[kept].to_csv(index=False, lineterminator="\n").encode()
-    problems = parse_rows(content, {}).problems
+    content = table[kept].to_csv(index=False, lineterminator="\n")
+    problems = parse_rows(content.encode(), {}).problems
     if problems:
         raise ManifestError(path, problems)
     text = yaml.safe_dump(meta.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
-    _replace_files({meta_path(path): text.encode(), path: content})
-
-
-def _replace_files(contents: Mapping[Path, bytes]) -> None:
-    """Write all contents to temporary siblings first, then put each in place."""
-    written: dict[Path, Path] = {}
-    try:
-        for path, content in contents.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-            written[path] = Path(name)
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).chmod(0o644 if not path.exists() else path.stat().st_mode & 0o777)
-        for path, temporary in written.items():
-            temporary.replace(path)
-    except OSError as error:
-        raise DiskError(
-            "the manifest could not be written; what was there before is untouched",
-            where=str(next(iter(contents))),
-            found=str(error),
-            fix="free some space, or choose a folder that you may write to",
-        ) from error
-    finally:
-        for temporary in written.values():
-            temporary.unlink(missing_ok=True)
+    atomic_write(meta_path(path), text)
+    atomic_write(path, content)

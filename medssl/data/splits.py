@@ -28,8 +28,8 @@ PUBLISHED_ROLES: Final = ("labelled", "validation", "test", "unlabelled", "upper
 def split_table(
     manifest: Manifest,
     *,
-    test: float | int = 0.0,
-    validation: float | int = 0.0,
+    test: float = 0.0,
+    validation: float = 0.0,
     seed: int = 0,
     stratify: Sequence[str] | str = (),
 ) -> pd.DataFrame:
@@ -37,14 +37,13 @@ def split_table(
 
     Args:
         manifest: The cohort.
-        test, validation: A share of the groups (float below 1) or a number of groups (int). A share above 0 gives at
-            least one group.
+        test, validation: A share of the groups (below 1) or a number of groups. A share above 0 gives at least one.
         seed: Not negative. Row order does not matter.
         stratify: Columns whose values the parts should share in proportion. A column of more than 10 different
             numbers (age) is cut into 5 equally filled bins; a group counts with its mean or most frequent value.
 
     Raises:
-        ConfigError: A share outside [0, 1), an unknown column.
+        ConfigError: Neither a share nor a whole number, or an unknown column.
         DataError: Nothing would be left for training.
     """
     groups = _ordered_groups(manifest.table, stratify, seed)
@@ -66,7 +65,7 @@ def kfold(
     manifest: Manifest,
     *,
     n_folds: int,
-    validation: float | int = 0.0,
+    validation: float = 0.0,
     seed: int = 0,
     stratify: Sequence[str] | str = (),
 ) -> list[pd.DataFrame]:
@@ -96,7 +95,7 @@ def kfold(
     return tables
 
 
-def leave_site_out(manifest: Manifest, *, validation: float | int = 0.0, seed: int = 0) -> dict[str, pd.DataFrame]:
+def leave_site_out(manifest: Manifest, *, validation: float = 0.0, seed: int = 0) -> dict[str, pd.DataFrame]:
     """One table per site: its volumes are the test set, all other sites train.
 
     Other volumes of a person who was scanned at the left-out site too are left out of that table's training set:
@@ -391,14 +390,13 @@ def _identities(manifest: Manifest, hashes: Mapping[Path, str]) -> dict[str, dic
     return found
 
 
-def _count(name: str, value: float | int, n_groups: int) -> int:
-    if isinstance(value, bool) or not value >= 0 or (isinstance(value, float) and value >= 1):
-        raise ConfigError(
-            f"{name} is a share of the groups (0 up to, not including, 1.0) or a number of groups", found=repr(value)
-        )
-    if isinstance(value, int):
-        return value
-    return max(1, round(value * n_groups)) if value > 0 else 0
+def _count(name: str, value: float, n_groups: int) -> int:
+    """Number of groups that a share (below 1) or a count (whole, also written 2.0) asks for."""
+    if isinstance(value, bool) or not value >= 0 or (value >= 1 and value != int(value)):
+        raise ConfigError(f"{name} is a share of the groups below 1, or a whole number of groups", found=repr(value))
+    if value >= 1 or value == 0:
+        return int(value)
+    return max(1, round(value * n_groups))
 
 
 def _ordered_groups(table: pd.DataFrame, stratify: Sequence[str] | str, seed: int) -> list[str]:
@@ -441,7 +439,7 @@ def _spread(groups: Sequence[str], n: int, seed: int, use: int) -> tuple[list[st
 
 
 def _with_validation(
-    manifest: Manifest, held_out: Sequence[str], rest: Sequence[str], validation: float | int, seed: int, use: int
+    manifest: Manifest, held_out: Sequence[str], rest: Sequence[str], validation: float, seed: int, use: int
 ) -> pd.DataFrame:
     n_validation = _count("validation", validation, len(rest))
     if n_validation >= len(rest):
