@@ -133,7 +133,7 @@ def parse_name(path: str) -> Name | None:
             return None
         entities[match[1]] = match[2]
     folders = [folder for folder in PurePosixPath(path).parts[:-1] if folder.startswith("sub-")]
-    if "sub" not in entities or "-" in suffix or (folders and folders[-1] != f"sub-{entities['sub']}"):
+    if "sub" not in entities or not suffix.isalnum() or (folders and folders[-1] != f"sub-{entities['sub']}"):
         return None
     return Name(path, entities, suffix)
 

@@ -1,4 +1,4 @@
-"""The embedded cohort: synthetic volumes of several sites, generated on the spot; the same seed gives the same voxels.
+"""The embedded cohort: synthetic volumes of several sites, generated on the spot from a seed.
 
 These are not patients. The cohort exists so that every job can be tried without a download, on a task that is not
 trivial.
@@ -55,7 +55,7 @@ def generate(
         kind: "cardiac": short-axis stacks with three labelled structures. "brain": T1-like heads with age, sex and
             site.
         n_subjects: How many volumes, one a subject.
-        seed: The same seed gives the same voxels.
+        seed: The same seed gives the same voxels (with the same versions of NumPy and SciPy).
         size: Pixels along the in-plane axes (cardiac, default 64) or all axes (brain, default 32).
         n_slices: Cardiac: fewest and most slices of a stack, drawn by subject.
         sites: How many sites, 1 to 4, each with its own resolution, contrast, coil and noise.
@@ -89,38 +89,45 @@ def recognise(root: Path) -> Recognition:
 def discover(
     root: str | Path,
     *,
-    kind: Kind = "cardiac",
-    n_subjects: int = 40,
-    seed: int = 0,
+    anatomy: Kind | None = None,
+    n_subjects: int | None = None,
+    seed: int | None = None,
     size: int | None = None,
-    n_slices: tuple[int, int] = (9, 12),
-    sites: int = 3,
+    n_slices: tuple[int, int] | None = None,
+    sites: int | None = None,
 ) -> Discovery:
-    """List a generated cohort; generate it first where the folder is missing or empty (settings as in `generate`).
+    """List a generated cohort; generate it first where the folder is missing or empty.
 
-    A folder that holds a generated cohort is listed as it is, whatever the other arguments say.
+    The settings are those of `generate` (`anatomy` is its `kind`), with its defaults. A cohort that is already there
+    must agree with those that are given.
 
     Raises:
-        DataError: If the folder holds something else, or a listed file is missing.
+        DataError: If the folder holds something else or a cohort of other settings, or a listed file is missing.
+        ConfigError: If a setting is out of range.
     """
     folder = Path(root)
+    options = {
+        "kind": anatomy,
+        "n_subjects": n_subjects,
+        "seed": seed,
+        "size": size,
+        "n_slices": n_slices,
+        "sites": sites,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        generate(folder, kind, n_subjects, seed, size, n_slices, sites)
+        generate(folder, **given)
     folder = existing_folder(folder)
-    if not (folder / MARKER).is_file():
-        raise DataError(
-            "the folder holds no complete synthetic cohort",
-            where=str(folder),
-            found=f"files, but no {MARKER}",
-            fix="name a new or empty folder",
-        )
-    content = read_json(folder / MARKER)
-    rows = content.get("rows")
-    known = isinstance(content.get("settings"), dict) and content["settings"].get("kind") in META
-    if not known or not isinstance(rows, list):
-        raise DataError(
-            "not a record of a synthetic cohort", where=str(folder / MARKER), fix="generate the cohort again"
-        )
+    settings, rows = _read_marker(folder)
+    for name, value in given.items():
+        value = list(value) if isinstance(value, tuple) else value
+        if settings.get(name) != value:
+            raise DataError(
+                f"the folder holds a synthetic cohort with another {'anatomy' if name == 'kind' else name}",
+                where=str(folder / MARKER),
+                found=f"{settings.get(name)}, asked for {value}",
+                fix="name a new or empty folder",
+            )
     used = {MARKER, "manifest.csv", "manifest.meta.yaml"}
     for row in rows:
         for path in filter(None, (row["image"], row.get("label"))):
@@ -130,8 +137,26 @@ def discover(
                 )
             used.add(path)
     skipped = leftovers(list_files(folder), used, "synthetic")
-    meta = META[content["settings"]["kind"]]
-    return Discovery(build_table(rows, root=folder, layout="synthetic"), meta, skipped, "synthetic")
+    table = build_table(rows, root=folder, layout="synthetic")
+    return Discovery(table, META[settings["kind"]], skipped, "synthetic")
+
+
+def _read_marker(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The settings and rows that `generate` recorded."""
+    path = folder / MARKER
+    if not path.is_file():
+        raise DataError(
+            "the folder holds no complete synthetic cohort",
+            where=str(folder),
+            found=f"no {MARKER}",
+            fix="name a new or empty folder",
+        )
+    content = read_json(path)
+    settings, rows = content.get("settings"), content.get("rows")
+    whole = isinstance(settings, dict) and settings.get("kind") in META and isinstance(rows, list)
+    if not whole or not all(isinstance(row, dict) and {"subject", "image"} <= row.keys() for row in rows):
+        raise DataError("not a record of a synthetic cohort", where=str(path), fix="generate the cohort again")
+    return settings, rows
 
 
 META: Final = MappingProxyType(
