@@ -1,9 +1,9 @@
 """Resampling along a theta: whole batches with torch, single items on the CPU by whatever is fastest there.
 
 A crop with flips keeps the axes apart and is one small banded matrix product per axis; a general affine map goes
-through ITK in three dimensions (several times faster than ``grid_sample`` there) and through torch in two. Padding means
-the same everywhere: a point beyond the outer faces of the image takes the border voxel or zero; within them, the outer
-half voxel takes the value of its voxel.
+through ITK in three dimensions (several times faster than ``grid_sample`` there) and through torch in two. Padding
+means the same everywhere: a point beyond the outer faces of the image takes the border voxel or zero; within them, the
+outer half voxel takes the value of its voxel.
 """
 
 from __future__ import annotations
@@ -66,14 +66,16 @@ def resample_item(image: Tensor, theta: Tensor, out: Tensor, padding: Padding, i
 
 def product(image: Tensor, matrix: Tensor, axis: int) -> Tensor:
     """Replace axis ``axis`` of ``image`` by its product with ``matrix`` (new, old), or (N, new, old), one per item."""
-    shape = image.shape
-    if matrix.dim() == 2 and axis == image.dim() - 1:
-        return (image.reshape(-1, shape[-1]) @ matrix.T).reshape(*shape[:-1], len(matrix))
-    first = matrix.dim() - 2
-    lead, tail = shape[first:axis].numel(), shape[axis + 1 :].numel()
-    stack = image.reshape(*shape[:first], lead, shape[axis], tail)
-    changed = torch.matmul(matrix[:, None] if first else matrix, stack)
-    return changed.reshape(*shape[:axis], matrix.shape[-2], *shape[axis + 1 :])
+    shape, new = image.shape, matrix.shape[-2]
+    if matrix.dim() == 3:  # the axis goes last, or the matrices would be copied for every row before it
+        rows = image.movedim(axis, -1)
+        changed = rows.reshape(shape[0], -1, shape[axis]) @ matrix.mT
+        return changed.reshape(*rows.shape[:-1], new).movedim(-1, axis)
+    if axis == image.dim() - 1:
+        return (image.reshape(-1, shape[-1]) @ matrix.T).reshape(*shape[:-1], new)
+    lead, tail = shape[:axis].numel(), shape[axis + 1 :].numel()
+    changed = torch.matmul(matrix, image.reshape(lead, shape[axis], tail))
+    return changed.reshape(*shape[:axis], new, *shape[axis + 1 :])
 
 
 def along_axis(image: Tensor, matrix: Tensor, axis: int, block: int = 24) -> Tensor:
