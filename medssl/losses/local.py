@@ -72,7 +72,7 @@ def local_contrastive(
     check_float("feat_a", feat_a, "(N, C, *spatial)", feat_a.ndim)
     check_paired("feat_a", feat_a, "feat_b", feat_b)
     check_temperature(temperature)
-    voxels, places = _places(corners, negatives, tuple(feat_a.shape[2:]), region_size)
+    voxels, at, places = _places(corners, negatives, tuple(feat_a.shape[2:]), region_size)
     if strategy == "ld":
         partition = check_codes("partition", partition, len(feat_a), "strategy ld").to(feat_a.device)
         volume = check_codes("volume", volume, len(feat_a), "strategy ld").to(feat_a.device)
@@ -81,42 +81,47 @@ def local_contrastive(
         return attached_zero(feat_a, feat_b)
     with exact_float32(feat_a.device):
         a, b = (_regions(feat, voxels.to(feat_a.device)) for feat in (feat_a, feat_b))  # (N, U, F) each
-        places = places.to(feat_a.device)
+        at, places = at.to(feat_a.device), places.to(feat_a.device)
         if partition is not None and volume is not None and strategy == "ld":
-            return _ld(a, b, places, partition, volume, temperature)
-        terms = (_directed(a, b, places, temperature), _directed(b, a, places, temperature))
+            return _ld(a, b, at, places, partition, volume, temperature)
+        terms = (_directed(a, b, at, places, temperature), _directed(b, a, at, places, temperature))
         return torch.stack(terms).mean()
 
 
-def _directed(anchor: Tensor, partner: Tensor, places: Tensor, temperature: float) -> Tensor:
+def _directed(anchor: Tensor, partner: Tensor, at: Tensor, places: Tensor, temperature: float) -> Tensor:
     """Terms (N, R) of anchors in one map (N, U, F) and counterparts in the other."""
-    own, positive, other = _similarities(anchor, partner, places, temperature)
+    own, positive, other = _similarities(anchor, partner, at, places, temperature)
     return excess(torch.logaddexp(own, other), positive)
 
 
-def _similarities(anchor: Tensor, partner: Tensor, places: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def _similarities(
+    anchor: Tensor, partner: Tensor, at: Tensor, places: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """LSE over the anchor's own map, positive, LSE over the partner's map: (N, R) each."""
-    regions = anchor[:, : len(places)] / temperature
+    regions = anchor.index_select(1, at) / temperature
     own, across = regions @ anchor.mT, regions @ partner.mT  # (N, R, U)
-    chosen = places.expand(len(anchor), -1, -1)
+    chosen, counterpart = places.expand(len(anchor), -1, -1), at[:, None].expand(len(anchor), -1, 1)
     return (
         own.gather(2, chosen).logsumexp(2),
-        across.diagonal(dim1=1, dim2=2),
+        across.gather(2, counterpart).squeeze(2),
         across.gather(2, chosen).logsumexp(2),
     )
 
 
-def _ld(a: Tensor, b: Tensor, places: Tensor, partition: Tensor, volume: Tensor, temperature: float) -> Tensor:
+def _ld(
+    a: Tensor, b: Tensor, at: Tensor, places: Tensor, partition: Tensor, volume: Tensor, temperature: float
+) -> Tensor:
     """Mean over (anchor item, partner, region). Forms all N x N pairs of maps: choosing first would need a sync."""
     n, (r, m) = len(a), places.shape
-    own, positive, other = _similarities(a, b, places, temperature)
+    own, positive, other = _similarities(a, b, at, places, temperature)
     same_item = excess(torch.logaddexp(own, other), positive).sum()
 
     partners = (partition[:, None] == partition[None, :]) & (volume[:, None] != volume[None, :])  # (N, N)
-    similarity = (a[:, :r].flatten(0, 1) / temperature) @ a.flatten(0, 1).T
+    similarity = (a.index_select(1, at).flatten(0, 1) / temperature) @ a.flatten(0, 1).T
     similarity = similarity.view(n, r, n, -1).transpose(1, 2)  # (N, N, R, U): anchor item, partner item
     others = similarity.gather(3, places.expand(n, n, r, m)).logsumexp(3)
-    terms = excess(torch.logaddexp(own[:, None], others), similarity.diagonal(dim1=2, dim2=3))
+    counterpart = similarity.gather(3, at[:, None].expand(n, n, r, 1)).squeeze(3)
+    terms = excess(torch.logaddexp(own[:, None], others), counterpart)
     across = (terms * partners[..., None]).sum()
     return (same_item + across) / (r * (n + partners.sum()))
 
@@ -124,34 +129,37 @@ def _ld(a: Tensor, b: Tensor, places: Tensor, partition: Tensor, volume: Tensor,
 def _regions(feat: Tensor, voxels: Tensor) -> Tensor:
     """Unit vectors (N, U, C * region voxels) of the regions whose flat voxel numbers are ``voxels`` (U, k)."""
     n, c = feat.shape[:2]
-    picked = feat.flatten(2)[:, :, voxels.flatten()].view(n, c, *voxels.shape)
-    return unit(picked.permute(0, 2, 1, 3).flatten(2))
+    picked = feat.flatten(2).index_select(2, voxels.flatten()).view(n, c, *voxels.shape)
+    return unit(picked.permute(0, 2, 1, 3).reshape(n, len(voxels), -1).contiguous())
 
 
-def _places(corners: Tensor, negatives: Tensor | None, spatial: tuple[int, ...], size: int) -> tuple[Tensor, Tensor]:
-    """Flat voxel numbers (U, k) of every region in use, the R anchors first, and the negatives of each, (R, M)."""
+def _places(
+    corners: Tensor, negatives: Tensor | None, spatial: tuple[int, ...], size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Flat voxel numbers (U, k) of the distinct regions; which are the anchors (R,), and their negatives (R, M)."""
     _check_corners(corners, negatives, spatial, size)
     corners = corners.detach().cpu().long()
     r, dims = corners.shape
+    if negatives is not None:
+        # A table of neighbours names most regions several times: each distinct one is read and compared once.
+        corners = torch.cat([corners, negatives.detach().cpu().long().flatten(0, 1)])
+    distinct, number = corners.unique(dim=0, return_inverse=True)
     if negatives is None:
-        places = torch.arange(r).expand(r, r)[~torch.eye(r, dtype=torch.bool)].view(r, r - 1)
+        places = number.expand(r, r)[~torch.eye(r, dtype=torch.bool)].view(r, r - 1)
     else:
-        # A table of neighbours names most regions several times: each distinct one is read once.
-        extra, number = negatives.detach().cpu().long().flatten(0, 1).unique(dim=0, return_inverse=True)
-        places = r + number.view(r, -1)
-        corners = torch.cat([corners, extra])
+        places = number[r:].view(negatives.shape[:2])
     limit = torch.tensor(spatial) - size
-    if bool((corners < 0).any()) or bool((corners > limit).any()):
+    if bool((distinct < 0).any()) or bool((distinct > limit).any()):
         raise InputError(
             "a region reaches outside the feature map",
-            found=f"corners from {corners.amin(0).tolist()} to {corners.amax(0).tolist()}, "
+            found=f"corners from {distinct.amin(0).tolist()} to {distinct.amax(0).tolist()}, "
             f"map {spatial}, region_size {size}",
             fix=f"keep corners between 0 and {limit.tolist()}",
         )
     steps = torch.cartesian_prod(*[torch.arange(size)] * dims).view(-1, dims)
     stride = torch.tensor(spatial).flip(0).cumprod(0).flip(0).roll(-1)
     stride[-1] = 1
-    return ((corners[:, None] + steps) * stride).sum(-1), places
+    return ((distinct[:, None] + steps) * stride).sum(-1), number[:r], places
 
 
 def _check_corners(corners: Tensor, negatives: Tensor | None, spatial: tuple[int, ...], size: int) -> None:
