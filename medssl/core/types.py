@@ -170,7 +170,12 @@ class Method(nn.Module, ABC):
     """
 
     encoder: nn.Module
-    decoder: nn.Module | None = None
+    decoder: nn.Module | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A class attribute would hide a decoder that is assigned later.
+        self.register_module("decoder", None)
 
     @abstractmethod
     def training_loss(self, batch: ViewBatch) -> LossOutput:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from medssl.core.errors import ConfigError
 from medssl.models.blocks import CONV, double_conv
-from medssl.models.initialise import CLASSIFIER, DECODER, he_normal, seeded_init
+from medssl.models.initialise import DECODER, he_normal, seeded_init
 from medssl.models.norm import Norm, make_norm
 
 
@@ -45,6 +45,7 @@ class Decoder(nn.Module):
 
     Attributes:
         out_channels: Channels of the map that it returns.
+        norm: Norm of its convolutions.
         complete: Whether it reaches the finest level.
         architecture: What it was built with.
     """
@@ -53,7 +54,7 @@ class Decoder(nn.Module):
         super().__init__()
         levels = range(len(width) - 2, len(width) - 2 - blocks, -1)
         self.blocks = nn.ModuleList(DecoderBlock(width[k + 1], width[k], tuple(strides[k]), norm) for k in levels)
-        self.out_channels = width[levels[-1]]
+        self.out_channels, self.norm = width[levels[-1]], norm
         self.complete = blocks == len(width) - 1
         self.architecture = {"name": "unet_decoder", "blocks": blocks, "norm": norm}
         he_normal(self)
@@ -94,12 +95,11 @@ def build_decoder(encoder: Any, *, blocks: int | None = None, norm: Norm | None 
 class SegmentationNet(nn.Module):
     """Encoder, decoder and a 1^d convolution to classes: (N, C, *spatial) to logits (N, K, *spatial)."""
 
-    def __init__(self, encoder: nn.Module, decoder: Decoder, n_classes: int, *, seed: int = 0) -> None:
+    def __init__(self, encoder: nn.Module, decoder: Decoder, n_classes: int) -> None:
         super().__init__()
         self.encoder, self.decoder, self.n_classes = encoder, decoder, n_classes
         dims = len(encoder.strides[0])
-        with seeded_init(seed, CLASSIFIER):
-            self.classifier = CONV[dims](decoder.out_channels, n_classes, 1)
+        self.classifier = CONV[dims](decoder.out_channels, n_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits on the grid of ``x``; those of an incomplete decoder are enlarged to it by linear interpolation."""

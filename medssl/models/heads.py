@@ -80,8 +80,8 @@ class LocalHead(nn.Module):
     """g2 of the local contrast: two 1^d convolutions without biases, the first with norm and ReLU.
 
     Chaitanya et al. 2020 (arXiv:2006.10511). With ``region_features``, the shared linear map of the K^d voxels of a
-    region to a vector follows; it is a convolution of that size without padding, so that voxel ``corner`` of the result is the
-    region that begins at ``corner``.
+    region to a vector follows; it is a convolution of that size without padding, so that voxel ``corner`` of the
+    result is the region that begins at ``corner``.
 
     Args:
         channels: Channels of the decoder's map; kept.

@@ -10,7 +10,7 @@ from torch import nn
 
 from medssl.core.seeding import MODEL, derive_seed
 
-ENCODER, DECODER, HEADS, CLASSIFIER = range(4)
+ENCODER, DECODER, HEADS = range(3)
 """One number per part of a model, so that a part starts the same whatever is built beside it."""
 
 

@@ -40,8 +40,8 @@ class SyncBatchNorm(nn.Module):
     """Batch norm over the items of every process; with one process exactly torch's batch norm.
 
     Ioffe & Szegedy 2015 (arXiv:1502.03167). ``torch.nn.SyncBatchNorm`` refuses CPU tensors, and a plain batch norm
-    makes two processes train differently from one. Every process hands round its mean, its squared deviations and its count
-    once a call; they are combined as Chan et al. 1979 do, without the cancellation of E[x^2] - E[x]^2.
+    makes two processes train differently from one. Every process hands round its mean, its squared deviations and its
+    count once a call; they are combined as Chan et al. 1979 do, without the cancellation of E[x^2] - E[x]^2.
     Parameter and buffer names are those of torch's, so weights can be exchanged. Inputs (N, C, *spatial).
     """
 

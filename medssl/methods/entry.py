@@ -1,0 +1,53 @@
+"""How methods and tasks are listed, and what several of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medssl.core.schema import StrictModel
+from medssl.core.types import Method, ModelParts, ViewBatch
+from medssl.models.initialise import HEADS, seeded_init
+
+
+@dataclass(frozen=True)
+class MethodEntry:
+    """A method or task that a configuration can name.
+
+    Attributes:
+        config: Validates its section of the YAML; ``config.needs()`` says what it asks of the rest of a run.
+        method: The class, made as ``method(config, parts)``.
+        summary: One line for lists.
+        source: Publication.
+    """
+
+    config: type[StrictModel]
+    method: Callable[[Any, ModelParts], Method]
+    summary: str
+    source: str
+
+    def build(self, config: Any, parts: ModelParts, *, seed: int = 0) -> Method:
+        """The method on ``parts``; weights that it adds (heads) are determined by ``seed``.
+
+        Raises:
+            ConfigError: The parts or settings do not fit the method.
+        """
+        with seeded_init(seed, HEADS):
+            return self.method(config, parts)
+
+
+def stacked_views(batch: ViewBatch, n: int) -> Tensor:
+    """The first ``n`` views under each other, (n N, C, *spatial): one pass through a network, one batch for its norms.
+
+    Views are of one size here; multi-crop methods do not use this.
+    """
+    return torch.cat(batch.views[:n])
+
+
+def split_views(rows: Tensor, n: int) -> Tensor:
+    """Rows (n N, D) of ``stacked_views`` as (N, n, D), ready to be gathered by item."""
+    return rows.unflatten(0, (n, -1)).transpose(0, 1)
