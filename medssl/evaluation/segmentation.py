@@ -6,7 +6,8 @@ Definitions, the same in every table:
 - HD95 is in mm between voxel surfaces. A voxel is on the surface if it is in the structure and a face neighbour is not
   (what lies outside the image is not). From every surface voxel of one side, take the distance to the nearest surface
   voxel of the other, centre to centre; the 95th percentile (linear interpolation) in each direction, and the larger of
-  the two. The image diagonal when exactly one side is empty, left out (NaN) when both are.
+  the two. The image diagonal (outer corner to outer corner: the length of shape x spacing) when exactly one side is
+  empty, left out (NaN) when both are.
 - A structure is missed when exactly one side is empty.
 """
 

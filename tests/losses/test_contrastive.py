@@ -186,6 +186,15 @@ def test_a_batch_of_one_partition_gives_zero_with_zero_gradient_and_says_so(stra
     assert grad.abs().sum() == 0
 
 
+def test_gradient_under_autocast_reaches_half_precision_embeddings():
+    z, p, v = randn(8, 3, 32), torch.arange(8) % 2, torch.arange(8) // 2
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, half = value_and_grad(lambda x: global_contrastive(x, p, v, strategy="gd"), z.bfloat16())
+    _, wide = value_and_grad(lambda x: global_contrastive(x, p, v, strategy="gd"), z.bfloat16().double())
+    assert half.dtype == torch.bfloat16
+    assert (half.double() - wide).abs().max() < 2**-7 * wide.abs().max()  # one rounding to bfloat16 at the end
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-14])
 def test_embeddings_without_direction_have_gradient_zero_and_leave_the_others_finite(scale):
     z = randn(6, 3, 4)
