@@ -1,0 +1,78 @@
+"""Settings of the optimiser, its schedule and the training loop."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from medssl.core.schema import StrictModel
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class OptimizerConfig(StrictModel):
+    """How weights are updated."""
+
+    name: Literal["adam", "adamw", "sgd", "lars"] = "adam"
+    learning_rate: PositiveFloat = 1e-3
+    """Peak of the schedule. 1e-3 with Adam: Chaitanya et al. 2020, section 4."""
+    weight_decay: NonNegativeFloat = 0.0
+    """adam, sgd, lars: L2 term of the gradient; adamw: decoupled. Never applied to biases and norm weights by lars."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """sgd and lars only."""
+    trust_coefficient: PositiveFloat = 1e-3
+    """lars only: eta of You et al. 2017 (arXiv:1708.03888)."""
+    clip_norm: PositiveFloat | None = None
+    """Largest L2 norm of all gradients together; null: not clipped."""
+
+
+class ScheduleConfig(StrictModel):
+    """How the learning rate moves, as a pure function of the step."""
+
+    name: Literal["constant", "cosine"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    """Linear rise from learning_rate / warmup_steps."""
+    final_fraction: Fraction = 0.0
+    """cosine only: share of the learning rate that is left at the end."""
+
+
+class TrainingConfig(StrictModel):
+    """Budget, device, checkpoints, logs and monitors."""
+
+    steps: PositiveInt | None = None
+    """Budget in optimiser steps; this or `seconds`."""
+    seconds: PositiveFloat | None = None
+    """Budget in seconds of training. The number of steps then depends on the machine; it is recorded."""
+    workers: NonNegativeInt = 1
+    """Threads that prepare batches ahead; 0: none. Batches are the same for any number."""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: PositiveInt = 1
+    """Processes on each node, each with one device."""
+    nodes: PositiveInt = 1
+    strategy: Literal["auto", "ddp"] = "auto"
+    precision: Literal["auto", "32", "bf16"] = "auto"
+    """auto: bf16 on a GPU that has it, 32 elsewhere."""
+    validate_every: PositiveInt | None = None
+    """Steps between validations, where the run has any; null: 20 times over the budget."""
+    checkpoint_every: PositiveInt | None = None
+    """Steps between checkpoints; null: by minutes alone."""
+    checkpoint_minutes: PositiveFloat | None = 10.0
+    """Minutes between checkpoints; null: by steps alone."""
+    keep: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+    log_every: PositiveInt = 10
+    """Steps between rows of metrics.csv."""
+    tensorboard: bool = False
+    monitor_every: PositiveInt = 50
+    """Steps between looks at the embedding's spread and effective rank."""
+    collapse_spread: NonNegativeFloat = 0.05
+    """Alarm when the spread of unit embeddings (1 when evenly spread, 0 when all are equal) is below; 0: never."""
+    collapse_checks: PositiveInt = 3
+    """Looks in a row below the threshold before the alarm."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> TrainingConfig:
+        if (self.steps is None) == (self.seconds is None):
+            raise ValueError("set the budget either as steps or as seconds")
+        return self
