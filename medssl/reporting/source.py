@@ -1,0 +1,191 @@
+"""What a report is made of: the files of one run folder, read without trusting them."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import pandas as pd
+
+from medssl.core.errors import DataError, MedsslError
+from medssl.core.files import read_yaml
+
+MAX_BYTES: Final = 200_000_000
+MAX_PIXELS: Final = 4_000_000
+MAX_OVERLAYS: Final = 12
+CELL_NAME: Final = re.compile(r"(?P<arm>.+)-n(?P<n>\d+)-draw(?P<draw>\d+)-seed(?P<seed>\d+)")
+_RANK: Final = ("best", "median", "worst")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """One example: image (X, Y) float, label and prediction (X, Y) int, and its title."""
+
+    name: str
+    title: str
+    image: np.ndarray
+    label: np.ndarray
+    prediction: np.ndarray
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The log of one fine-tuning."""
+
+    arm: str
+    n_labelled: int
+    metrics: pd.DataFrame
+
+
+@dataclass
+class RunFiles:
+    """Everything read from a run folder; a part that is missing is empty and named in ``gaps``."""
+
+    folder: Path
+    config: Any = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    status: dict[str, Any] = field(default_factory=dict)
+    manifest: pd.DataFrame | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    pretrain: dict[str, Any] = field(default_factory=dict)
+    per_case: pd.DataFrame | None = None
+    cells: pd.DataFrame | None = None
+    metrics: pd.DataFrame | None = None
+    curves: list[Curve] = field(default_factory=list)
+    overlays: list[Overlay] = field(default_factory=list)
+    gaps: list[str] = field(default_factory=list)
+
+    def attempt(self, name: str, read: Callable[[Path], T], consequence: str | None, fallback: T) -> T:
+        """Read one file; a missing or broken one becomes a line in ``gaps`` (missing and optional: nothing)."""
+        path = self.folder / name
+        if not path.is_file():
+            if consequence is not None:
+                self.gaps.append(f"{name} is not there: {consequence}.")
+            return fallback
+        try:
+            if path.stat().st_size > MAX_BYTES:
+                raise ValueError(f"larger than {MAX_BYTES / 1e6:.0f} MB")
+            return read(path)
+        except (MedsslError, OSError, ValueError, KeyError, EOFError, RecursionError, zipfile.BadZipFile) as error:
+            cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.gaps.append(f"{name} cannot be read ({cause}): it was left out.")
+            return fallback
+
+
+def run_kind(folder: Path) -> str:
+    """``segmentation`` or ``pretrain``, from the files that a run leaves.
+
+    Raises:
+        DataError: The folder does not exist or is not the folder of a run that can be reported.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError("no such run folder", where=str(folder), fix="name the folder of a run, such as runs/<name>")
+    finetuned = ("eval/summary.json", "eval/per_case.csv", "eval/cells.csv", "cells")
+    if any((folder / name).exists() for name in finetuned):
+        return "segmentation"
+    if (folder / "eval/pretrain.json").is_file() or (folder / "logs/metrics.csv").is_file():
+        return "pretrain"
+    raise DataError(
+        "nothing to report in this folder",
+        where=str(folder),
+        found="neither eval/summary.json nor eval/pretrain.json nor logs/metrics.csv",
+        fix="name the folder of a finished or started run",
+    )
+
+
+def read_run(folder: Path, kind: str) -> RunFiles:
+    """Read a run folder for a report of ``kind``; nothing missing or broken stops it, everything is named."""
+    run = RunFiles(Path(folder))
+    run.config = run.attempt("config.yaml", read_yaml, "the settings cannot be shown", None)
+    run.environment = run.attempt("environment.json", _read_object, "versions and device are unknown", {})
+    run.status = run.attempt("status.json", _read_object, "it is unknown whether the run finished", {})
+    run.manifest = run.attempt("manifest.csv", _read_table, "the data cannot be described", None)
+    meta = run.attempt("manifest.meta.yaml", read_yaml, None, {})
+    run.meta = meta if isinstance(meta, dict) else {}
+    required = "training cannot be shown" if kind == "pretrain" else None
+    run.metrics = run.attempt("logs/metrics.csv", _read_metrics, required, None)
+    if kind == "pretrain":
+        run.pretrain = run.attempt("eval/pretrain.json", _read_object, "the summary cannot be shown", {})
+        return run
+    run.summary = run.attempt("eval/summary.json", _read_summary, "scores and comparisons cannot be shown", {})
+    run.per_case = run.attempt("eval/per_case.csv", _read_per_case, "single draws and classes cannot be shown", None)
+    run.cells = run.attempt("eval/cells.csv", _read_table, "single fine-tunings cannot be listed", None)
+    for path in sorted(run.folder.glob("cells/*/logs/metrics.csv")):
+        match = CELL_NAME.fullmatch(path.parent.parent.name)
+        if match:
+            name = path.relative_to(run.folder).as_posix()
+            frame = run.attempt(name, _read_metrics, None, None)
+            if frame is not None:
+                run.curves.append(Curve(match["arm"], int(match["n"]), frame))
+    names = sorted((p.name for p in run.folder.glob("eval/overlays/*.npz")), key=lambda name: (_rank(name), name))
+    found = (run.attempt(f"eval/overlays/{name}", _read_overlay, None, None) for name in names[:MAX_OVERLAYS])
+    run.overlays = [overlay for overlay in found if overlay is not None]
+    if len(names) > MAX_OVERLAYS:
+        run.gaps.append(f"{len(names) - MAX_OVERLAYS} more overlays are in eval/overlays and not shown.")
+    return run
+
+
+def _rank(name: str) -> int:
+    return next((i for i, word in enumerate(_RANK) if word in name), len(_RANK))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("not a JSON object")
+    return content
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    """A summary whose rows hold at least what they are looked up by."""
+    content = _read_object(path)
+    keys = {"table": ("arm", "n_labelled"), "paired": ("arm", "baseline", "n_labelled", "difference")}
+    for part, needed in keys.items():
+        for row in content.get(part) or []:
+            lacking = [key for key in needed if not isinstance(row, dict) or row.get(key) is None]
+            if lacking:
+                raise ValueError(f"a row of `{part}` without {', '.join(lacking)}")
+    return content
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, keep_default_na=False, na_values=[""], low_memory=False)
+
+
+def _read_per_case(path: Path) -> pd.DataFrame:
+    frame = _read_table(path)
+    lacking = {"arm", "n_labelled", "draw", "case", "class", "dice"} - set(frame)
+    if lacking:
+        raise ValueError(f"columns missing: {', '.join(sorted(lacking))}")
+    frame["dice"] = pd.to_numeric(frame["dice"], errors="coerce")
+    frame["seed"] = frame.get("seed", 0)
+    for name in ("arm", "case", "class"):
+        frame[name] = frame[name].astype(str)
+    return frame
+
+
+def _read_metrics(path: Path) -> pd.DataFrame:
+    """A training log: numbers only, rows without a step dropped (a run that was killed may leave half a row)."""
+    frame = pd.read_csv(path, on_bad_lines="skip")
+    if "step" not in frame:
+        raise ValueError("no column `step`")
+    frame = frame.apply(pd.to_numeric, errors="coerce")
+    return frame[frame["step"].notna()].sort_values("step", kind="stable").reset_index(drop=True)
+
+
+def _read_overlay(path: Path) -> Overlay:
+    with np.load(path, allow_pickle=False) as arrays:
+        image, label, prediction = (np.asarray(arrays[key]) for key in ("image", "label", "prediction"))
+        title = str(arrays["title"]) if "title" in arrays else path.stem
+    if image.ndim != 2 or image.size > MAX_PIXELS or not image.shape == label.shape == prediction.shape:
+        raise ValueError(f"expected three equal 2-D arrays, found {image.shape}, {label.shape}, {prediction.shape}")
+    return Overlay(path.stem, title, image.astype(float), label.astype(int), prediction.astype(int))
