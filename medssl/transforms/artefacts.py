@@ -23,7 +23,7 @@ _STREAM = 1  # apart from the augmentation's stream, which has no fifth key
 
 
 class Artefact(StrictModel):
-    """One artefact and how often it appears; ranges are TorchIO's defaults."""
+    """One artefact and how often it appears; TorchIO's default ranges, but shifts up to 5 % of the axis, not 10 mm."""
 
     name: Literal["motion", "ghosting", "spike"]
     probability: Annotated[float, Field(ge=0, le=1)] = 0.2
@@ -56,32 +56,36 @@ def add_artefacts(
                 result = images.detach().float().clone()
             volume = result[number].cpu()
             flat = volume.dim() == 3
-            changed = _apply(artefact.name, volume[..., None] if flat else volume, own, flat)
-            result[number] = (changed[..., 0] if flat else changed).to(result.device)
+            changed = _apply(artefact.name, volume[:, None] if flat else volume, own, flat)
+            result[number] = (changed[:, 0] if flat else changed).to(result.device)
     return result
 
 
 def _apply(name: str, volume: Tensor, rng: np.random.Generator, flat: bool) -> Tensor:
-    """One artefact on (C, X, Y, Z); in a flat image nothing happens along Z."""
+    """One artefact on (C, X, Y, Z). A flat image has X = 1, because motion blends along Z; nothing happens along X."""
     import torchio  # takes seconds, and most runs never need it
 
-    axes = 2 if flat else 3
+    sizes = np.asarray(volume.shape[1:])
+    transform: torchio.Transform
     if name == "motion":
-        degrees, shift = rng.uniform(-10, 10, (2, 3)), rng.uniform(-10, 10, (2, 3))
+        degrees, shift = rng.uniform(-10, 10, (2, 3)), rng.uniform(-0.05, 0.05, (2, 3)) * sizes
         if flat:
-            degrees[:, :2], shift[:, 2] = 0, 0
+            degrees[:, 1:], shift[:, 0] = 0, 0
         times = np.sort(rng.uniform(0.1, 0.9, 2))
         transform = torchio.Motion(degrees=degrees, translation=shift, times=times, image_interpolation="linear")
     elif name == "ghosting":
         transform = torchio.Ghosting(
             num_ghosts=int(rng.integers(4, 11)),
-            axis=int(rng.integers(axes)),
+            axis=int(rng.integers(1 if flat else 0, 3)),
             intensity=rng.uniform(0.5, 1),
             restore=0.02,
         )
     else:
-        position = rng.uniform(0, 1, (1, 3))
-        if flat:
-            position[:, 2] = 0
+        position = rng.uniform(0, 1, (1, 3))  # along a flat axis any position is the only one
         transform = torchio.Spike(spikes_positions=position, intensity=rng.choice([-1, 1]) * rng.uniform(1, 3))
-    return transform(volume).to(torch.float32)
+    # TorchIO turns about the origin of the coordinates: put it in the middle.
+    affine = np.eye(4)
+    affine[:3, 3] = -(sizes - 1) / 2
+    subject = torchio.Subject(image=torchio.ScalarImage(tensor=volume, affine=affine))
+    # Not transform(subject): that asks torch's global generator whether to apply it.
+    return transform.apply_transform(subject).get_first_image().data.to(torch.float32)

@@ -7,7 +7,7 @@ agree to rounding. Noise comes from the device's own generator, so it differs be
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -107,7 +107,7 @@ def apply_labels(label_maps: Tensor, params: Params, config: AugmentConfig) -> T
 
 def _is_batched(images: Tensor, method: str) -> bool:
     if method not in ("auto", "items", "batched"):
-        raise ConfigError("unknown way to apply augmentations", found=method, fix=nearest(method, Way.__args__))
+        raise ConfigError("unknown way to apply augmentations", found=method, fix=nearest(method, get_args(Way)))
     on_cpu = images.device.type == "cpu"
     if method == "items" and not on_cpu:
         raise ConfigError(

@@ -83,10 +83,10 @@ def bias_field(images: Tensor, coefficients: Tensor, degree: int) -> None:
     """
     spatial = images.shape[2:]
     dims = len(spatial)
-    table = torch.zeros(len(images), *(degree + 1,) * dims)
+    table = torch.zeros(*(degree + 1,) * dims, len(images))
     for term, powers in enumerate(exponents(dims, degree)):
-        table[(slice(None), *powers)] = coefficients[:, term]
-    field = table.to(images.device)
+        table[powers] = coefficients[:, term]
+    field = table.movedim(-1, 0).to(images.device)
     for axis, length in enumerate(spatial):
         centres = (2 * torch.arange(length, device=images.device, dtype=torch.float32) + 1) / length - 1
         field = product(field, centres[:, None] ** torch.arange(degree + 1, device=images.device), axis + 1)
