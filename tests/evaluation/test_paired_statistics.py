@@ -68,6 +68,20 @@ def test_a_difference_between_draws_alone_is_seen():
     assert result.high >= per_draw.max() - 1e-9
 
 
+def test_p_value_is_the_level_at_which_the_interval_touches_zero():
+    checked = 0
+    for seed in range(20):
+        table = simulate(seed, people=4)
+        p = paired_bootstrap(table, "ours", "none", n_resamples=2000).p_value
+        if 0.02 < p < 0.8:
+            wide = paired_bootstrap(table, "ours", "none", n_resamples=2000, level=1 - 0.9 * p)
+            narrow = paired_bootstrap(table, "ours", "none", n_resamples=2000, level=1 - 1.1 * p)
+            assert wide.low <= 0 <= wide.high
+            assert narrow.low > 0 or narrow.high < 0
+            checked += 1
+    assert checked >= 5
+
+
 def test_same_seed_same_interval_row_order_ignored():
     table = simulate(4)
     a = paired_bootstrap(table, "ours", "none", seed=1)
