@@ -22,7 +22,7 @@ MONITORS: Final = {
     "embedding_spread": "spread of the embedding\n(0: all images look the same)",
     "effective_rank": "effective rank\n(1: one direction is left)",
 }
-_TIMES: Final = ("step", "seconds", "data_wait", "data_seconds", "images_per_second")
+_TIMES: Final = ("step", "seconds", "data_wait", "data_wait_share", "data_seconds", "images_per_second")
 
 
 def binned(steps: np.ndarray, values: np.ndarray, last: float) -> tuple[np.ndarray, np.ndarray]:

@@ -88,8 +88,8 @@ def segmentation_report(run_dir: Path) -> Path:
     training = curves.training_curves(run.curves, run.summary)
     monitors = curves.pretraining_curves(run.metrics, monitors_only=True)
     summary = run.summary
-    left_out = pairs_table("Cases and structures that no score counts.", summary.get("left_out") or {})
-    leak = pairs_table("Check that no person is on both sides of a split.", summary.get("leak_check") or {})
+    left_out = pairs_table("Cases and structures that no score counts.", _named(summary.get("left_out")))
+    leak = pairs_table("Check that no person is on both sides of a split.", _named(summary.get("leak_check")))
     sections = [
         Section("results", "Results", "No scores are available.", _some(chart, forest), _some(score_table(summary))),
         Section(
@@ -190,6 +190,15 @@ def _name(run: RunFiles) -> str:
 def _notes(summary: dict[str, Any]) -> list[str]:
     notes = summary.get("notes") or []
     return [clean(note, 600) for note in (notes if isinstance(notes, list) else [notes])]
+
+
+def _named(value: Any) -> dict[str, Any]:
+    """Findings as names and values, whether the run wrote them as a mapping, a list or one value."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, list):
+        return {str(i): item for i, item in enumerate(value, 1)} or {"findings": "none"}
+    return {} if value is None else {"finding": value}
 
 
 def _some(*items: Any) -> list[Any]:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from medssl.reporting.drawing import Picture, arm_looks, end_labels, new_figure, png_bytes, style, svg_bytes
-from medssl.reporting.source import Overlay
+from medssl.reporting.source import UPPER_BOUND, Overlay
 from medssl.reporting.text import clean, excludes_zero, finite, joined, number, signed
 
 MAX_CLASSES: Final = 12
@@ -28,7 +28,7 @@ def arms_of(summary: Mapping[str, Any], per_case: pd.DataFrame | None) -> tuple[
     arms += [str(row[key]) for row in paired for key in ("arm", "baseline")]
     arms += [] if per_case is None else list(per_case["arm"])
     baselines = list(dict.fromkeys(str(row["baseline"]) for row in paired))
-    return list(dict.fromkeys(arms)), baselines
+    return [arm for arm in dict.fromkeys(arms) if arm != UPPER_BOUND], baselines
 
 
 def draw_scores(per_case: pd.DataFrame) -> pd.DataFrame:
@@ -116,7 +116,7 @@ def _means(summary: Mapping[str, Any], points: pd.DataFrame | None) -> dict[str,
         rows = [(str(arm), int(n), float(mean)) for (arm, n), mean in grouped.items()]
     lines: dict[str, list[tuple[int, float]]] = {}
     for arm, n, mean in sorted(rows, key=lambda row: row[1]):
-        if mean is not None:
+        if mean is not None and arm != UPPER_BOUND:
             lines.setdefault(arm, []).append((n, mean))
     return lines
 

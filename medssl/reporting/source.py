@@ -19,6 +19,7 @@ from medssl.core.files import read_yaml
 MAX_BYTES: Final = 200_000_000
 MAX_PIXELS: Final = 4_000_000
 MAX_OVERLAYS: Final = 12
+UPPER_BOUND: Final = "upper_bound"  # the arm that trained with all labels: a line in the chart, no arm to compare
 CELL_NAME: Final = re.compile(r"(?P<arm>.+)-n(?P<n>\d+)-draw(?P<draw>\d+)-seed(?P<seed>\d+)")
 _RANK: Final = ("best", "median", "worst")
 T = TypeVar("T")
@@ -121,7 +122,7 @@ def read_run(folder: Path, kind: str) -> RunFiles:
     run.cells = run.attempt("eval/cells.csv", _read_table, "single fine-tunings cannot be listed", None)
     for path in sorted(run.folder.glob("cells/*/logs/metrics.csv")):
         match = CELL_NAME.fullmatch(path.parent.parent.name)
-        if match:
+        if match and match["arm"] != UPPER_BOUND:
             name = path.relative_to(run.folder).as_posix()
             frame = run.attempt(name, _read_metrics, None, None)
             if frame is not None:
@@ -170,7 +171,7 @@ def _read_per_case(path: Path) -> pd.DataFrame:
     frame["seed"] = frame.get("seed", 0)
     for name in ("arm", "case", "class"):
         frame[name] = frame[name].astype(str)
-    return frame
+    return frame[frame["arm"] != UPPER_BOUND].reset_index(drop=True)
 
 
 def _read_metrics(path: Path) -> pd.DataFrame:

@@ -126,7 +126,9 @@ def segmentation_verdict(summary: Mapping[str, Any]) -> Verdict:
     headline = "No paired comparison is available, so no arm can be called better."
     if by_pair:
         headline = by_pair[0] if len(by_pair) == 1 else _counted(paired)
-        lines = (by_pair if len(by_pair) > 1 else []) + (lines if len(lines) <= MAX_LINES else [])
+        if len(lines) > MAX_LINES:
+            by_pair, lines = [_with_numbers(text, rows) for text, rows in zip(by_pair, by_arm.values())], []
+        lines = (by_pair if len(by_pair) > 1 or not lines else []) + lines
     written = summary.get("verdict")
     if isinstance(written, str) and written.strip():
         headline, lines = clean(written, 600), [headline, *lines]
@@ -156,6 +158,12 @@ def _arm_headline(arm: str, baseline: str, rows: Sequence[Mapping[str, Any]]) ->
     parts += [f"lower Dice than {baseline} with {_volumes(lower)}"] if lower else []
     rest = f"; no difference was shown with {joined(open_)}" if open_ else ""
     return f"{arm} reached {' and '.join(parts)}{rest}."
+
+
+def _with_numbers(headline: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The headline of one arm with its differences, for where the full lines would be too many."""
+    differences = ", ".join(f"{signed(row['difference'])} (n = {row['n_labelled']})" for row in rows)
+    return f"{headline} Differences: {differences}."
 
 
 def _volumes(counts: Sequence[Any]) -> str:

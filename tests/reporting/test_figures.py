@@ -45,6 +45,14 @@ def test_many_arms_are_counted_in_the_headline_and_named_below():
     assert segmentation_verdict({"paired": [paired(-1, 1), paired(-1, 1, arm="lcl")]}).headline.startswith("None of 2")
 
 
+def test_long_verdicts_keep_their_numbers():
+    rows = [paired(-0.01, 0.1, n=n, difference=0.04 + n / 1000) for n in range(1, 9)]
+    verdict = segmentation_verdict({"paired": rows})
+    assert len(verdict.lines) == 1
+    assert "+0.041 (n = 1)" in verdict.lines[0]
+    assert "+0.048 (n = 8)" in verdict.lines[0]
+
+
 def test_a_verdict_of_the_run_never_hides_the_computed_one():
     verdict = segmentation_verdict({"paired": [paired(-0.01, 0.1)], "verdict": "gcl wins"})
     assert verdict.headline == "gcl wins"

@@ -219,6 +219,22 @@ def test_an_unfinished_run_with_one_draw_and_no_comparison_says_so(tmp_path):
     assert "all 40 labels" not in text
 
 
+def test_the_upper_bound_is_a_line_and_no_arm(tmp_path):
+    folder = tmp_path / "run"
+    summary = finetune_run(folder, counts=(1,), draws=2, cases=2)
+    table = pd.read_csv(folder / "eval/per_case.csv")
+    everything = table[(table["arm"] == "gcl") & (table["draw"] == 0)].assign(arm="upper_bound", n_labelled=40)
+    pd.concat([table, everything]).to_csv(folder / "eval/per_case.csv", index=False)
+    summary["table"].append(summary["table"][0] | {"arm": "upper_bound", "n_labelled": 40})
+    summary["leak_check"] = ["nobody is on both sides"]
+    (folder / "eval/summary.json").write_text(json.dumps(summary))
+    text = build_report(folder).read_text()
+    assert "upper_bound:" not in text
+    assert "The dashed line is training with all labels." in text
+    assert "<td>upper_bound</td>" in text
+    assert "nobody is on both sides" in text
+
+
 def test_scores_without_a_summary_are_drawn_from_the_cases(tmp_path):
     folder = tmp_path / "run"
     finetune_run(folder, counts=(1, 2), draws=2, cases=2)
