@@ -56,7 +56,7 @@ def test_every_image_is_either_listed_or_skipped_with_a_reason(kind: str, tmp_pa
     listed = {p for cell in found.table["image"] for p in cell.split(";")}
     listed |= set(found.table["label"].dropna()) if "label" in found.table else set()
     named = listed | {path for path, _ in found.skipped}
-    images = {path for path in list_files(root) if is_nifti(path) and not path.endswith("_4d.nii.gz")}
+    images = {path for path in list_files(root, []) if is_nifti(path) and not path.endswith("_4d.nii.gz")}
     assert images <= named
     assert reasons(found)[".DS_Store"] == "hidden or system file"
     assert all(why for _, why in found.skipped)
@@ -288,6 +288,43 @@ def test_bids_damaged_participants_names_the_file(tmp_path: Path, content: str) 
     with pytest.raises(DataError) as error:
         discover_any(root)
     assert "participants.tsv" in str(error.value)
+
+
+def test_bids_lines_that_contradict_each_other_leave_the_value_missing(tmp_path: Path) -> None:
+    root = layouts.write_bids(tmp_path)
+    with (root / "participants.tsv").open("a") as file:
+        file.write("sub-01\t36.5\tF\tleuven\tMS\n")
+    found = discover_any(root)
+    assert "age" not in found.table  # nobody else has one
+    assert found.table["sex"][0] == "F"
+    assert "sub-01: two lines differ in age; left missing" in [why for _, why in found.skipped]
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern"), [("bids", "**/*T1w.nii.gz"), ("mmwhs", "**/*_image.nii.gz"), ("folder", "**/*T1*")]
+)
+def test_links_without_content_are_skipped(kind: str, pattern: str, tmp_path: Path) -> None:
+    root = WRITERS[kind](tmp_path)
+    image = sorted(root.glob(pattern))[0]
+    image.unlink()
+    image.symlink_to(".git/annex/objects/absent")
+    found = discover_any(root, kind)
+    path = image.relative_to(root).as_posix()
+    assert path not in found.table["image"].tolist()
+    assert reasons(found)[path] == "link to a file that is not here"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"labels": {"0": "a", "1": "a"}}, {"test": "x"}, {"training": [{"image": "./imagesTr/a.nii.gz", "label": 3}]}],
+)
+def test_msd_impossible_entries_name_the_file(change: dict, tmp_path: Path) -> None:
+    root = layouts.write_msd_prostate(tmp_path)
+    path = root / "dataset.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(DataError) as error:
+        discover_any(root, "msd")
+    assert "dataset.json" in str(error.value)
 
 
 def test_bids_names_that_contradict_themselves_are_skipped(tmp_path: Path) -> None:

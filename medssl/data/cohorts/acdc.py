@@ -14,9 +14,6 @@ import re
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import nibabel
-from nibabel.filebasedimages import ImageFileError
-
 from medssl.core.errors import DataError
 from medssl.data.cohorts.base import (
     Discovery,
@@ -28,6 +25,7 @@ from medssl.data.cohorts.base import (
     list_files,
 )
 from medssl.data.manifest import ManifestMeta
+from medssl.data.volume import read_header
 
 LABEL_NAMES: Final = {0: "background", 1: "right ventricle", 2: "myocardium", 3: "left ventricle"}
 META: Final = ManifestMeta(
@@ -82,7 +80,7 @@ def discover(root: str | Path, *, frames: Literal["labelled", "cine"] = "labelle
             used.add(cine)
             if frames == "cine":
                 rows += person.cine(cine, skipped)
-    skipped += leftovers(list_files(folder), used, "ACDC")
+    skipped += leftovers(list_files(folder, skipped), used, "ACDC")
     return Discovery(build_table(rows, root=folder, layout="ACDC"), META, skipped, "acdc")
 
 
@@ -161,10 +159,7 @@ class _Person:
 
     def cine(self, image: str, skipped: list[Skipped]) -> list[dict[str, Any]]:
         """The frames of the 4D file that are neither ED nor ES (those two are listed from their own files)."""
-        try:
-            shape = nibabel.load(self.root / image).shape
-        except (ImageFileError, OSError, EOFError, ValueError) as error:
-            raise DataError("cannot read the header", where=str(self.root / image), found=str(error)) from error
+        shape = read_header(self.root / image).shape
         if len(shape) != 4:
             skipped.append(Skipped(image, f"expected a 4D file, found shape {shape}"))
             return []

@@ -12,7 +12,8 @@ from typing import Any, Final, NamedTuple
 
 import pandas as pd
 
-from medssl.core.errors import DataError
+from medssl.core.errors import ConfigError, DataError
+from medssl.core.schema import validate
 from medssl.data.manifest import ManifestMeta
 
 # The manifest's own columns, in the order in which they are written; other columns follow.
@@ -95,12 +96,20 @@ def existing_folder(root: str | Path) -> Path:
     return folder
 
 
-def list_files(root: Path) -> list[str]:
-    """Every file below `root` as sorted relative paths with forward slashes; links to folders are not followed."""
+def list_files(root: Path, skipped: list[Skipped]) -> list[str]:
+    """Every file below `root` as sorted relative paths with forward slashes; links to folders are not followed.
+
+    Links that lead nowhere (content that a version control of data has not fetched) are added to `skipped`.
+    """
     found = []
     for folder, _, names in os.walk(root):
         below = Path(folder).relative_to(root)
-        found += [(below / name).as_posix() for name in names]
+        for name in names:
+            if (Path(folder) / name).exists():
+                found.append((below / name).as_posix())
+            else:
+                skipped.append(Skipped((below / name).as_posix(), "link to a file that is not here"))
+    skipped.sort()
     return sorted(found)
 
 
@@ -210,7 +219,19 @@ def integer_labels(labels: Mapping[Any, Any], path: Path) -> dict[int, str]:
     return dict(sorted(named.items()))
 
 
-def inside(root: Path, relative: str) -> str | None:
+def make_meta(path: Path, **values: Any) -> ManifestMeta:
+    """A `ManifestMeta` from what a file of the cohort says.
+
+    Raises:
+        DataError: If the file gives a value that cannot be used, such as two label values of one name.
+    """
+    try:
+        return validate(ManifestMeta, values, source=path.name)
+    except ConfigError as error:
+        raise DataError(error.message, where=str(path), fix="correct the file") from error
+
+
+def inside(relative: str) -> str | None:
     """The normalised relative path, or None when it is absolute or leaves the root."""
     path = PurePosixPath(relative.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or re.match(r"^[A-Za-z]:", relative):

@@ -19,6 +19,7 @@ from medssl.data.cohorts.base import (
     is_nifti,
     leftovers,
     list_files,
+    make_meta,
     natural_key,
     read_json,
     stem,
@@ -80,8 +81,8 @@ def discover(
         DataError: If participants.tsv or dataset_description.json is damaged, or no image is found.
     """
     folder = existing_folder(root)
-    files = list_files(folder)
     skipped: list[Skipped] = []
+    files = list_files(folder, skipped)
     used = {
         "participants.tsv",
         "dataset_description.json",
@@ -93,10 +94,30 @@ def discover(
     }
     people = _participants(folder, skipped)
     maps = _label_maps(files, labels) if labels else []
+    images = _images(files, {name.path for name in maps}, suffix, datatype, derivatives, used, skipped)
+    rows = [row for group in suffix.split(",") for row in _rows(images, group.split(";"), maps, people, skipped)]
+    rows.sort(key=lambda row: natural_key(f"{row['subject']} {row['session'] or ''} {row['image']}"))
+    taken = {path for row in rows for path in (row["label"],) if path}
+    skipped += [Skipped(name.path, "label map without a listed image") for name in maps if name.path not in taken]
+    used |= {name.path for name in maps} | {_sidecar(path) for path in used}
+    skipped += leftovers(files, used, "BIDS")
+    return Discovery(build_table(rows, root=folder, layout="BIDS"), _meta(folder, suffix), skipped, "bids")
+
+
+def _images(
+    files: list[str],
+    maps: set[str],
+    suffix: str,
+    datatype: str,
+    derivatives: bool,
+    used: set[str],
+    skipped: list[Skipped],
+) -> list[Name]:
+    """The images that were asked for; the reasons of the others go to `skipped`."""
     wanted = {part for group in suffix.split(",") for part in group.split(";")}
     images: list[Name] = []
     for path in files:
-        if not is_nifti(path) or path in {name.path for name in maps}:
+        if not is_nifti(path) or path in maps:
             continue
         in_derivatives = path.startswith(("derivatives/", "sourcedata/"))
         name = parse_name(path)
@@ -114,13 +135,7 @@ def discover(
             skipped.append(Skipped(path, why))
         elif name is not None:
             images.append(name)
-    rows = [row for group in suffix.split(",") for row in _rows(images, group.split(";"), maps, people, skipped)]
-    rows.sort(key=lambda row: natural_key(f"{row['subject']} {row['session'] or ''} {row['image']}"))
-    taken = {path for row in rows for path in (row["label"],) if path}
-    skipped += [Skipped(name.path, "label map without a listed image") for name in maps if name.path not in taken]
-    used |= {name.path for name in maps} | {_sidecar(path) for path in used}
-    skipped += leftovers(files, used, "BIDS")
-    return Discovery(build_table(rows, root=folder, layout="BIDS"), _meta(folder, suffix), skipped, "bids")
+    return images
 
 
 def parse_name(path: str) -> Name | None:
@@ -166,9 +181,9 @@ def _rows(
             continue
         first = found[group[0]]
         subject = f"sub-{first.entities['sub']}"
-        row = {"subject": subject, "image": ";".join(found[suffix].path for suffix in group)}
+        row: dict[str, Any] = {"subject": subject, "image": ";".join(found[suffix].path for suffix in group)}
         extra = {key: first.entities.get(key) for key in ("run", "acq") if key in first.entities}
-        row |= {"session": first.session(), "label": _label_of(first, maps), "modality": ";".join(group)}
+        row["session"], row["label"], row["modality"] = first.session(), _label_of(first, maps), ";".join(group)
         rows.append({**row, **people.get(subject, {}), **extra})
     return rows
 
@@ -224,6 +239,10 @@ def _participants(root: Path, skipped: list[Skipped]) -> dict[str, dict[str, Any
             value = record[theirs] if theirs else ""
             values[ours] = None if value.lower() in _MISSING else value
         values["age"] = _age(values["age"], subject, skipped)
+        for ours, value in people.get(subject, {}).items():
+            if value != values[ours]:
+                values[ours] = None
+                skipped.append(Skipped("participants.tsv", f"{subject}: two lines differ in {ours}; left missing"))
         people[subject] = values
     return people
 
@@ -244,7 +263,8 @@ def _age(text: str | None, subject: str, skipped: list[Skipped]) -> float | None
 def _meta(root: Path, suffix: str) -> ManifestMeta:
     path = root / "dataset_description.json"
     content = read_json(path) if path.is_file() else {}
-    return ManifestMeta(
+    return make_meta(
+        path,
         name=str(content.get("Name") or root.resolve().name),
         cohort="bids",
         modality=suffix if "," not in suffix else "",

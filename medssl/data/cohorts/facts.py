@@ -171,7 +171,7 @@ def read_published_lists(path: str | Path) -> list[PublishedList]:
 
 def _published_list(record: Mapping[str, str | None], where: str) -> PublishedList:
     try:
-        numbers = {name: int(record[name]) if record[name] else None for name in ("n_labelled", "draw")}
+        numbers = {name: int(record[name] or "") if record[name] else None for name in ("n_labelled", "draw")}
     except (TypeError, ValueError) as error:
         raise ConfigError("n_labelled and draw are whole numbers", where=where, found=str(error)) from error
     subjects = tuple((record["subjects"] or "").split())

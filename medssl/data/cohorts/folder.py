@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -53,8 +54,8 @@ def discover(root: str | Path, *, pattern: str = "", label: str = "", modality: 
         DataError: If nothing matches.
     """
     folder = existing_folder(root)
-    files = list_files(folder)
     skipped: list[Skipped] = []
+    files = list_files(folder, skipped)
     used: set[str] = set()
     labels: set[str] = set()
     _check(pattern, label)
@@ -62,7 +63,7 @@ def discover(root: str | Path, *, pattern: str = "", label: str = "", modality: 
     for path, fields in _matches(files, pattern, skipped, used):
         row: dict[str, Any] = {"session": None, "modality": modality or None, **fields, "image": path, "label": None}
         if label:
-            expected = _FIELD.sub(lambda found, values=fields: values[found[1]], label)
+            expected = _FIELD.sub(partial(_fill, fields), label)
             if (folder / expected).is_file():
                 row["label"] = expected
                 labels.add(expected)
@@ -134,6 +135,10 @@ def _every_nifti(files: list[str], skipped: list[Skipped], used: set[str]) -> li
     unique = len(set(stems)) == len(stems)
     names = stems if unique else [str(PurePosixPath(path).parent / stem(path)).replace("/", "_") for path in images]
     return [(path, {"subject": name}) for path, name in zip(images, names)]
+
+
+def _fill(values: dict[str, Any], found: re.Match[str]) -> str:
+    return str(values[found[1]])
 
 
 def _compile(pattern: str, repeat: str) -> re.Pattern[str]:

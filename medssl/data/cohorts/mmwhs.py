@@ -75,10 +75,10 @@ def discover(root: str | Path, *, modality: Literal["both", "MR", "CT"] = "both"
         DataError: If no volume is found.
     """
     folder = existing_folder(root)
-    files = list_files(folder)
     images: dict[str, tuple[str, dict[str, str]]] = {}
     labels: dict[str, str] = {}
     skipped: list[Skipped] = []
+    files = list_files(folder, skipped)
     used: set[str] = set()
     for path in files:
         match = _NAME.match(Path(path).name)

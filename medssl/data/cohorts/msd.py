@@ -24,11 +24,11 @@ from medssl.data.cohorts.base import (
     junk_reason,
     leftovers,
     list_files,
+    make_meta,
     natural_key,
     read_json,
     stem,
 )
-from medssl.data.manifest import ManifestMeta
 
 LICENCE: Final = "CC BY-SA 4.0"
 CITATION: Final = (
@@ -95,8 +95,9 @@ def discover(root: str | Path, *, channels: str = "all") -> Discovery:
         row = {"subject": subject, "image": image, "label": label, "modality": modality, "split": split}
         rows.append({**row, "frame": frame, "group": group})
     rows.sort(key=lambda row: natural_key(row["subject"]))
-    skipped += leftovers(list_files(folder), used, "Decathlon")
-    meta = ManifestMeta(
+    skipped += leftovers(list_files(folder, skipped), used, "Decathlon")
+    meta = make_meta(
+        path,
         name=str(content.get("name") or folder.name),
         cohort="msd",
         label_names=labels,
@@ -125,17 +126,20 @@ def _entries(content: dict[str, Any], path: Path, skipped: list[Skipped]) -> lis
     for position, item in enumerate(field(content, "training", list, path)):
         if not isinstance(item, dict) or not isinstance(item.get("image"), str):
             raise DataError(f"training[{position}] has no image", where=str(path), found=f"{item!r:.80}")
-        entries.append((item["image"], item.get("label"), "train"))
-    for position, item in enumerate(content.get("test", [])):
+        label = item.get("label")
+        if label is not None and not isinstance(label, str):
+            raise DataError(f"training[{position}].label is no path", where=str(path), found=f"{label!r:.80}")
+        entries.append((item["image"], label, "train"))
+    for position, item in enumerate(field(content, "test", list, path) if "test" in content else []):
         image = item.get("image") if isinstance(item, dict) else item
         if not isinstance(image, str):
             raise DataError(f"test[{position}] is no path", where=str(path), found=f"{item!r:.80}")
         entries.append((image, None, "test"))
     kept: list[tuple[str, str | None, str]] = []
     for image, label, split in entries:
-        normal = inside(path.parent, image)
-        normal_label = inside(path.parent, label) if isinstance(label, str) else None
-        if normal is None or (isinstance(label, str) and normal_label is None):
+        normal = inside(image)
+        normal_label = None if label is None else inside(label)
+        if normal is None or (label is not None and normal_label is None):
             skipped.append(Skipped(image, "dataset.json points outside its folder"))
         elif junk_reason(normal):
             skipped.append(Skipped(normal, f"dataset.json lists it, but it is a {junk_reason(normal)}"))

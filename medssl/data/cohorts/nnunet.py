@@ -18,10 +18,10 @@ from medssl.data.cohorts.base import (
     junk_reason,
     leftovers,
     list_files,
+    make_meta,
     natural_key,
     read_json,
 )
-from medssl.data.manifest import ManifestMeta
 
 _ENDINGS: Final = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
 
@@ -61,7 +61,7 @@ def discover(root: str | Path) -> Discovery:
         )
     skipped: list[Skipped] = []
     labels = _label_names(field(content, "labels", dict, path), path, skipped)
-    files = list_files(folder)
+    files = list_files(folder, skipped)
     used = {"dataset.json"}
     rows: list[dict[str, Any]] = []
     for images, label_folder, split in (("imagesTr", "labelsTr", "train"), ("imagesTs", "labelsTs", "test")):
@@ -81,7 +81,8 @@ def discover(root: str | Path) -> Discovery:
             row = {"subject": case, "image": ";".join(channels[index] for index in sorted(channels))}
             rows.append({**row, "label": label if has_label else None, "modality": ";".join(names), "split": split})
     skipped += leftovers(files, used, "nnU-Net")
-    meta = ManifestMeta(
+    meta = make_meta(
+        path,
         name=str(content.get("name") or folder.name),
         cohort="nnunet",
         label_names=labels,

@@ -12,15 +12,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
-import nibabel
 import numpy as np
 
 from medssl.core.errors import ConfigError, DataError
+from medssl.core.files import atomic_write
 from medssl.core.seeding import COHORT, numpy_rng
 from medssl.data.cohorts import synthetic_brain, synthetic_cardiac
 from medssl.data.cohorts.base import (
     Discovery,
     Recognition,
+    Skipped,
     build_table,
     existing_folder,
     leftovers,
@@ -28,6 +29,7 @@ from medssl.data.cohorts.base import (
     read_json,
 )
 from medssl.data.manifest import ManifestMeta, write_manifest
+from medssl.data.volume import write_nifti
 
 MARKER: Final = "synthetic.json"
 VERSION: Final = 1  # raised when the same seed would give other volumes
@@ -76,7 +78,7 @@ def generate(
     table = build_table(rows, root=folder, layout="synthetic")
     write_manifest(table, META[kind], folder / "manifest.csv")
     marker = {"version": VERSION, "settings": settings, "rows": rows}
-    (folder / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
+    atomic_write(folder / MARKER, json.dumps(marker, indent=1) + "\n")
     return folder / "manifest.csv"
 
 
@@ -106,7 +108,7 @@ def discover(
         ConfigError: If a setting is out of range.
     """
     folder = Path(root)
-    options = {
+    options: dict[str, Any] = {
         "kind": anatomy,
         "n_subjects": n_subjects,
         "seed": seed,
@@ -119,6 +121,22 @@ def discover(
         generate(folder, **given)
     folder = existing_folder(folder)
     settings, rows = _read_marker(folder)
+    _refuse_other_settings(folder, settings, given)
+    used = {MARKER, "manifest.csv", "manifest.meta.yaml"}
+    for row in rows:
+        for path in filter(None, (row["image"], row.get("label"))):
+            if not (folder / path).is_file():
+                raise DataError(
+                    "a generated file is missing", where=str(folder / path), fix="generate the cohort again"
+                )
+            used.add(path)
+    skipped: list[Skipped] = []
+    skipped += leftovers(list_files(folder, skipped), used, "synthetic")
+    table = build_table(rows, root=folder, layout="synthetic")
+    return Discovery(table, META[settings["kind"]], skipped, "synthetic")
+
+
+def _refuse_other_settings(folder: Path, settings: dict[str, Any], given: dict[str, Any]) -> None:
     for name, value in given.items():
         value = list(value) if isinstance(value, tuple) else value
         if settings.get(name) != value:
@@ -128,17 +146,6 @@ def discover(
                 found=f"{settings.get(name)}, asked for {value}",
                 fix="name a new or empty folder",
             )
-    used = {MARKER, "manifest.csv", "manifest.meta.yaml"}
-    for row in rows:
-        for path in filter(None, (row["image"], row.get("label"))):
-            if not (folder / path).is_file():
-                raise DataError(
-                    "a generated file is missing", where=str(folder / path), fix="generate the cohort again"
-                )
-            used.add(path)
-    skipped = leftovers(list_files(folder), used, "synthetic")
-    table = build_table(rows, root=folder, layout="synthetic")
-    return Discovery(table, META[settings["kind"]], skipped, "synthetic")
 
 
 def _read_marker(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -153,8 +160,9 @@ def _read_marker(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         )
     content = read_json(path)
     settings, rows = content.get("settings"), content.get("rows")
-    whole = isinstance(settings, dict) and settings.get("kind") in META and isinstance(rows, list)
-    if not whole or not all(isinstance(row, dict) and {"subject", "image"} <= row.keys() for row in rows):
+    if not (isinstance(settings, dict) and settings.get("kind") in META and isinstance(rows, list)) or not all(
+        isinstance(row, dict) and {"subject", "image"} <= row.keys() for row in rows
+    ):
         raise DataError("not a record of a synthetic cohort", where=str(path), fix="generate the cohort again")
     return settings, rows
 
@@ -212,8 +220,8 @@ def _write_cardiac(folder: Path, index: int, settings: dict[str, Any]) -> dict[s
     stack = synthetic_cardiac.draw_stack(rng, site, size=settings["size"], n_slices=int(rng.integers(low, high + 1)))
     subject = f"heart{index + 1:03d}"
     affine = _affine(stack.image.shape, stack.spacing)
-    _save(folder / "images" / f"{subject}.nii.gz", stack.image, affine)
-    _save(folder / "labels" / f"{subject}.nii.gz", stack.label, affine)
+    write_nifti(folder / "images" / f"{subject}.nii.gz", stack.image, affine, dtype=np.int16)
+    write_nifti(folder / "labels" / f"{subject}.nii.gz", stack.label, affine, dtype=np.uint8)
     paths = {"image": f"images/{subject}.nii.gz", "label": f"labels/{subject}.nii.gz"}
     return {"subject": subject, **paths, "modality": "synthetic cine MRI", "site": site.name}
 
@@ -223,7 +231,8 @@ def _write_brain(folder: Path, index: int, settings: dict[str, Any]) -> dict[str
     site = synthetic_brain.SITES[index % settings["sites"]]
     head = synthetic_brain.draw_head(rng, site, size=settings["size"])
     subject = f"brain{index + 1:03d}"
-    _save(folder / "images" / f"{subject}.nii.gz", head.image, _affine(head.image.shape, head.spacing))
+    affine = _affine(head.image.shape, head.spacing)
+    write_nifti(folder / "images" / f"{subject}.nii.gz", head.image, affine, dtype=np.int16)
     row = {"subject": subject, "image": f"images/{subject}.nii.gz", "modality": "synthetic T1w", "site": site.name}
     return {**row, "age": round(head.age, 1), "sex": head.sex}
 
@@ -233,11 +242,3 @@ def _affine(shape: tuple[int, ...], spacing: tuple[float, ...]) -> np.ndarray:
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = -(np.asarray(shape) - 1) / 2 * spacing
     return affine
-
-
-def _save(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
-    image = nibabel.Nifti1Image(array, affine, dtype=array.dtype)
-    image.header.set_xyzt_units("mm")
-    image.set_sform(affine, code=1)
-    image.set_qform(affine, code=1)
-    nibabel.save(image, path)

@@ -183,6 +183,11 @@ def _right_ventricle(
     radius = radius / _wobble(rng, np.arctan2(v, u - centre), 0.06)
     distance = np.maximum((radius - 1) * np.maximum(np.minimum(across, along), 0.1), outer - np.hypot(dx, dy))
     distance = np.where(size > 0.2, distance, 99.0)
+    # Slivers that reach around the left ventricle are no ventricle: only the largest piece stays.
+    pieces, n = ndimage.label(distance <= 0)
+    if n > 1:
+        largest = 1 + np.argmax(np.bincount(pieces.ravel())[1:])
+        distance = np.where((pieces > 0) & (pieces != largest), 1.0, distance)
     return distance <= 0, distance
 
 
