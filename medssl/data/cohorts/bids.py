@@ -182,7 +182,7 @@ def _rows(
         first = found[group[0]]
         subject = f"sub-{first.entities['sub']}"
         row: dict[str, Any] = {"subject": subject, "image": ";".join(found[suffix].path for suffix in group)}
-        extra = {key: first.entities.get(key) for key in ("run", "acq") if key in first.entities}
+        extra = {key: value for key, value in first.entities.items() if key in ("run", "acq")}
         row["session"], row["label"], row["modality"] = first.session(), _label_of(first, maps), ";".join(group)
         rows.append({**row, **people.get(subject, {}), **extra})
     return rows
