@@ -47,16 +47,23 @@ def disjoint(sets):
 cohorts = st.lists(st.integers(0, 12), min_size=4, max_size=40).map(lambda ids: [f"g{i}" for i in ids])
 
 
-@settings(max_examples=1000)
+@settings(max_examples=50)
 @given(
-    groups=cohorts,
+    cohort_seed=st.integers(0, 2**31),
     test=st.one_of(st.floats(0, 0.9), st.integers(0, 5)),
     validation=st.one_of(st.floats(0, 0.9), st.integers(0, 5)),
     seed=st.integers(0, 2**31),
 )
-def test_no_random_cohort_is_ever_split_through_a_group(groups, test, validation, seed):
+def test_none_of_1000_random_cohorts_is_split_through_a_group(cohort_seed, test, validation, seed):
+    rng = np.random.default_rng(cohort_seed)
+    for _ in range(20):  # many cohorts an example: drawing them is what takes the time
+        groups = [f"g{i}" for i in rng.integers(0, rng.integers(1, 14), rng.integers(1, 40))]
+        check_split(groups, test, validation, seed)
+
+
+def check_split(groups, test, validation, seed):
     table = pd.DataFrame({"group": groups, "volume": range(len(groups))})
-    manifest = Manifest(table, ManifestMeta(), Path("manifest.csv"))  # only what a split looks at: this runs 1000 times
+    manifest = Manifest(table, ManifestMeta(), Path("manifest.csv"))  # only what a split looks at
     n_groups = len(set(groups))
     n_test, n_validation = (
         value if isinstance(value, int) else max(round(value * n_groups), value > 0) for value in (test, validation)
