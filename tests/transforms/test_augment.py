@@ -267,6 +267,14 @@ def test_an_item_does_not_depend_on_how_the_batch_is_split(way):
         assert_close(apply(images[rows], params, config, method=way), whole[rows], atol=2e-6, rtol=1e-5)
 
 
+def test_volumes_pass_one_by_one_and_slices_as_a_batch():
+    config = AugmentConfig(crop_resize={"scale": (0.5, 0.9)}, noise={})
+    for shape, way, other in (((42, 41, 43), "items", "batched"), ((40, 41), "batched", "items")):
+        images = image(3, 1, *shape)
+        assert torch.equal(views(config, images), views(config, images, way))
+        assert not torch.equal(views(config, images), views(config, images, other))  # they differ in rounding
+
+
 def test_the_same_keys_repeat_a_view_and_every_other_key_changes_it():
     config, images = AugmentConfig(**EVERYTHING), image(1, 1, 12, 12)
     keys = {"seed": 1, "step": 2, "slots": [3], "view": 4}
