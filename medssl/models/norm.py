@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, cast
 
 import torch
@@ -14,20 +13,20 @@ from medssl.core.errors import InputError
 
 Norm = Literal["group", "instance", "batch"]
 
-GROUPS = 8
-
 
 def make_norm(kind: Norm, channels: int, dims: int) -> nn.Module:
     """A normalisation layer with learned scale and shift.
 
     Args:
-        kind: "group": 8 groups (or the largest divisor shared with ``channels``); "instance": each channel of each
+        kind: "group": 8 groups, or 4, 2, 1 until each holds two channels or more; "instance": each channel of each
             item by itself; "batch": over the whole batch of all processes.
         channels: Number of channels.
         dims: Spatial axes, 2 or 3.
     """
     if kind == "group":
-        return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
+        # A group of one channel would be instance norm, which wipes out what is the same in the whole image.
+        fitting = [n for n in (8, 4, 2) if channels % n == 0 and channels > n]
+        return nn.GroupNorm(max(fitting, default=1), channels)
     if kind == "instance":
         # One group a channel is instance norm, and unlike torch's own accepts maps of a single voxel.
         return nn.GroupNorm(channels, channels)

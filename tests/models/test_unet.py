@@ -123,6 +123,11 @@ def test_batch_norm_in_one_process_is_torchs(training):
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values()))
 
 
+def test_groups_hold_two_channels_or_more():
+    groups = {channels: make_norm("group", channels, 2).num_groups for channels in (1, 3, 4, 8, 16, 24, 128)}
+    assert groups == {1: 1, 3: 1, 4: 2, 8: 4, 16: 8, 24: 8, 128: 8}
+
+
 def test_instance_norm_is_torchs_and_takes_a_single_voxel():
     x = torch.randn(2, 6, 4, 4)
     assert_close(make_norm("instance", 6, 2)(x), nn.InstanceNorm2d(6)(x))

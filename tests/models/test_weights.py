@@ -1,5 +1,6 @@
 import json
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,36 @@ def test_a_poisoned_file_is_refused_and_runs_nothing(tmp_path, monkeypatch, suff
     with pytest.raises(WeightsError, match="not a readable weights file"):
         load_weights(encoder(), file)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_damaged_files_of_other_programs_load_or_are_refused_but_never_crash(tmp_path, suffix):
+    trained = encoder()
+    whole = tmp_path / f"whole{suffix}"
+    if suffix == ".pt":
+        torch.save(trained.state_dict(), whole)
+    else:
+        save_weights(tmp_path, trained)
+        (tmp_path / "model.json").unlink()
+        (tmp_path / "encoder.safetensors").rename(whole)
+    data, rng, refused = whole.read_bytes(), random.Random(0), 0
+    for _ in range(150):
+        damaged = bytearray(data[: rng.randrange(len(data))] if rng.random() < 0.3 else data)
+        for _ in range(rng.randrange(1, 6)):
+            if damaged:
+                damaged[rng.randrange(min(len(damaged), 1500))] = rng.randrange(256)
+        (tmp_path / f"damaged{suffix}").write_bytes(damaged)
+        try:
+            load_weights(encoder(), tmp_path / f"damaged{suffix}")
+        except WeightsError:
+            refused += 1
+    assert refused > 100
+
+
+def test_nothing_that_fits_is_refused_even_when_part_of_it_would_do(tmp_path):
+    torch.save({"other": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(WeightsError, match="0 of"):
+        load_weights(encoder(), tmp_path / "other.pt", allow_partial=True)
 
 
 def test_a_state_dict_of_another_program_loads_under_its_prefix(tmp_path):
