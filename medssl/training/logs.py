@@ -117,7 +117,7 @@ class MetricsLog:
 def _fetch(pending: list[tuple[int, dict[str, Any]]]) -> list[tuple[int, dict[str, float]]]:
     """Values as floats, with one copy from the device for all of them."""
     tensors = [value for _, values in pending for value in values.values() if isinstance(value, Tensor)]
-    fetched = iter(torch.stack([tensor.double() for tensor in tensors]).tolist() if tensors else [])
+    fetched = iter(torch.stack([t.double().to(tensors[0].device) for t in tensors]).tolist() if tensors else [])
     return [
         (step, {name: next(fetched) if isinstance(value, Tensor) else value for name, value in values.items()})
         for step, values in pending

@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 Validate = Callable[[Method, int], float]
 OnEvent = Callable[[str, Mapping[str, Any]], None]
 SYNC_EVERY_ON_GPU = 10
+LINGER_S = 5.0
+"""Fabric's launcher kills the first process as soon as another ends with a code that is not 0; when a run is
+interrupted the others therefore leave last, so that the first can say that the run can be resumed."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,7 @@ class _Loop:
     def run(self) -> TrainResult:
         """Step until the budget is spent."""
         self.method.train()
+        self.first_step = self.progress.step
         self.shown.start(self.progress.step, self.progress.seconds)
         self._agree()
         while not self._done():
@@ -233,11 +237,11 @@ class _Loop:
         if step in self.refreshes:
             self._refresh(step)
         waiting = time.perf_counter()
-        batch = self.source.batch(step, until=self._horizon(step))
-        self.waited += time.perf_counter() - waiting
         rate = self._set_rate(step)
-        torch.manual_seed(derive_seed(self.seed, MODEL, step + 1, self.fabric.global_rank))
         try:
+            batch = self.source.batch(step, until=self._horizon(step))
+            self.waited += time.perf_counter() - waiting
+            torch.manual_seed(derive_seed(self.seed, MODEL, step + 1, self.fabric.global_rank))
             loss, logs, embedding = self.model(Batch(batch))
             self.losses.append((step, loss.detach()))
             if self.sync_every == 1:
@@ -245,7 +249,7 @@ class _Loop:
             self.fabric_optimizer.zero_grad(set_to_none=True)
             self.fabric.backward(loss)
         except (RuntimeError, MemoryError) as error:
-            if step == 0 and out_of_memory(error):
+            if step == self.first_step and out_of_memory(error):
                 raise no_memory(error, self.fabric.device, self.source.sampler.batch_size) from error
             raise
         values: dict[str, float | Tensor] = {"learning_rate": rate, "loss": loss, **logs}
@@ -355,6 +359,8 @@ class _Loop:
             self.shown.update(self.progress.step, self.last.get("loss", float("nan")), self._wait_share())
         if stopping and not self._done():
             path = self._save()
+            if not self.first:
+                time.sleep(LINGER_S)
             cause = self.stop.raised.name if self.stop.raised else "a signal to another process"
             raise Interrupted(
                 f"stopped at step {self.progress.step} because of {cause}; the state was saved",

@@ -30,6 +30,7 @@ FREE: Final = frozenset(
         "checkpoint_minutes",
         "devices",
         "keep",
+        "log_every",
         "nodes",
         "precision",
         "strategy",
@@ -156,7 +157,8 @@ def _compare(training: Training, info: dict[str, Any], *, allow_changed: bool) -
 
 def _is_free(place: str) -> bool:
     parts = place.split(".")
-    return len(parts) >= 2 and parts[-2] == "training" and parts[-1] in FREE
+    section, name = ".".join(parts[-2:-1]), parts[-1]
+    return (section == "training" and name in FREE) or (section == "data" and name in ("cache", "jobs"))
 
 
 def _environment(fabric: Fabric) -> dict[str, Any]:

@@ -63,7 +63,8 @@ class _Raw:
     items: Mapping[str, Tensor]
     labels: Mapping[str, Tensor]
 
-    def pinned(self) -> _Raw:
+    def pinned(self, device: torch.device) -> _Raw:
+        torch.cuda.set_device(device)  # of this thread; pinning would otherwise open a context on the first GPU
         maps = None if self.label_maps is None else self.label_maps.pin_memory()
         return _Raw(self.images.pin_memory(), maps, self.items, self.labels)
 
@@ -187,7 +188,7 @@ class BatchSource:
             torch.set_num_threads(1)  # of this thread; more would fight for cores with the training step
         try:
             raw = self._read(step)
-            return self._views(step, raw) if self.device.type == "cpu" else raw.pinned()
+            return self._views(step, raw) if self.device.type == "cpu" else raw.pinned(self.device)
         except MedsslError:
             raise
         except Exception as error:
