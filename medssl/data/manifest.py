@@ -115,12 +115,21 @@ class Manifest:
     def _positions(self) -> dict[int, int]:
         return {volume: position for position, volume in enumerate(self.table["volume"].tolist())}
 
-    def row(self, volume: int) -> pd.Series:
-        """The table row of ``volume``. Raises DataError when this manifest does not hold it."""
+    @cached_property
+    def _cells(self) -> dict[str, list[Any]]:
+        """Columns that are looked up row by row, as lists: many times faster than asking the table."""
+        names = [name for name in ("image", "label", "modality", "frame") if name in self.table]
+        return {name: self.table[name].tolist() for name in names}
+
+    def _position(self, volume: int) -> int:
         position = self._positions.get(int(volume))
         if position is None:
             raise DataError(f"volume {volume} is not in this manifest", where=str(self.path))
-        return self.table.iloc[position]
+        return position
+
+    def row(self, volume: int) -> pd.Series:
+        """The table row of ``volume``. Raises DataError when this manifest does not hold it."""
+        return self.table.iloc[self._position(volume)]
 
     def line(self, volume: int) -> int:
         """Line of the file that describes ``volume``; the header is line 1."""
@@ -128,11 +137,11 @@ class Manifest:
 
     def image_paths(self, volume: int) -> list[Path]:
         """The files of ``volume``, one per channel."""
-        return [self._resolve(part) for part in str(self.row(volume)["image"]).split(";")]
+        return [self._resolve(part) for part in self._cells["image"][self._position(volume)].split(";")]
 
     def label_path(self, volume: int) -> Path | None:
         """The label map of ``volume``, or None where it has none."""
-        label = self.row(volume)["label"]
+        label = self._cells["label"][self._position(volume)]
         return None if pd.isna(label) else self._resolve(label)
 
     def channels(self, volume: int) -> int | None:
@@ -140,10 +149,11 @@ class Manifest:
 
         A row says so by naming several modalities for one path and no frame: ``T2;ADC``.
         """
-        row = self.row(volume)
-        if pd.isna(row["modality"]) or pd.notna(row["frame"]) or ";" in row["image"] or ";" not in row["modality"]:
+        position = self._position(volume)
+        image, modality, frame = (self._cells[name][position] for name in ("image", "modality", "frame"))
+        if pd.isna(modality) or pd.notna(frame) or ";" in image or ";" not in modality:
             return None
-        return int(row["modality"].count(";")) + 1
+        return int(modality.count(";")) + 1
 
     def _resolve(self, text: str) -> Path:
         return self.path.parent / text.strip()  # an absolute path stays what it is

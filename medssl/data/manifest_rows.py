@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -183,17 +184,21 @@ def _check_cells(cells: Mapping[str, list[str]], lines: np.ndarray, problems: li
                 name, lambda v: not v.isprintable(), lambda v: f"{_short(v)} holds a line break or control character"
             )
     for name in REQUIRED:
-        report(name, lambda v: not v, "this cell is required, but empty")
+        if "" in cells.get(name, ()):
+            report(name, lambda v: not v, "this cell is required, but empty")
     for name in ("subject", "session"):
         report(name, lambda v: bool(v) and not _ID.fullmatch(v), _id_message)
     _report_numbers("age", report, lambda x: 0 <= x <= MAX_AGE, f"an age of 0 to {MAX_AGE:g} years")
     whole = "a whole number from 0 on (index into a 4D file)"
     _report_numbers("frame", report, lambda x: 0 <= x < 2**31 and x == int(x), whole)
     for name in ("image", "label"):
-        if any(folder in "".join(cells.get(name, ())) for folder in _SYSTEM):
+        text = "".join(cells.get(name, ()))
+        if any(folder in text for folder in _SYSTEM):
             report(name, _is_system_path, lambda v: f"{_short(v)} points at a device or into a system folder")
-    report("image", _has_hole, lambda v: f"{_short(v)} has an empty path beside a semicolon")
-    report("label", lambda v: ";" in v, lambda v: f"{_short(v)} names several files; a volume has one label map")
+        if ";" in text and name == "image":
+            report(name, _has_hole, lambda v: f"{_short(v)} has an empty path beside a semicolon")
+        elif ";" in text:
+            report(name, lambda v: ";" in v, lambda v: f"{_short(v)} names several files; a volume has one label map")
     for i, (modality, image) in enumerate(zip(cells.get("modality", ()), cells.get("image", ()))):
         # One 4D file may hold all channels, so that several modalities go with one path.
         if ";" in modality and ";" in image and modality.count(";") != image.count(";"):
@@ -220,7 +225,8 @@ def _has_hole(value: str) -> bool:
 def _check_rows(cells: Mapping[str, list[str]], lines: np.ndarray, problems: list[Problem]) -> None:
     """What concerns two rows at once: repeats, and people who are cut in two by the group column."""
     first: dict[tuple[str, ...], int] = {}
-    for i, row in enumerate(zip(*cells.values())):
+    unlike = len(set(zip(*cells.values()))) == len(lines)  # nearly always, and much faster to find out
+    for i, row in enumerate(() if unlike else zip(*cells.values())):
         seen = first.setdefault(row, i)
         if seen != i:
             problems.append(Problem(int(lines[i]), "", f"repeats line {lines[seen]}"))
@@ -248,35 +254,46 @@ def _typed_table(cells: Mapping[str, list[str]]) -> pd.DataFrame:
         elif name not in COLUMNS and any(values) and all(not v or _PLAIN_NUMBER.fullmatch(v) for v in values):
             table[name] = pd.Series(pd.to_numeric(pd.Series([v or None for v in values], dtype=object)))
         else:
-            table[name] = pd.Series([value or None for value in values], dtype=object)
+            filled = [value or None for value in values] if "" in values else values
+            table[name] = pd.Series(filled, dtype=object)
     for name in ("image", "modality"):
-        tidy = [";".join(map(str.strip, v.split(";"))) if v and ";" in v else v for v in table[name]]
-        table[name] = pd.Series(tidy, dtype=object)
-    table["group"] = table["group"].where(table["group"].notna(), table["subject"])
+        if ";" in "".join(cells.get(name, ())):
+            tidy = [";".join(map(str.strip, v.split(";"))) if v and ";" in v else v for v in table[name]]
+            table[name] = pd.Series(tidy, dtype=object)
+    groups = [group or subject for group, subject in zip(table["group"], table["subject"])]
+    table["group"] = pd.Series(groups, dtype=object)
     return pd.DataFrame(table)
 
 
 def _cases(table: pd.DataFrame) -> list[str]:
     """subject[_session][_frameNN]; where that repeats, the modality is added, and then a number."""
-    names = table["subject"].astype(str)
-    names = names.where(table["session"].isna(), names + "_" + table["session"].astype(str))
-    numbers = table["frame"].fillna(-1).astype(int).tolist()
-    names = names + pd.Series([f"_frame{n:02d}" if n >= 0 else "" for n in numbers], dtype=object)
-    repeated = names.str.lower().duplicated(
-        keep=False
-    )  # names that differ in capitals alone are one file on some disks
-    modality = table["modality"].where(table["modality"].map(lambda m: bool(m) and bool(_ID.fullmatch(str(m)))), "")
-    names = names.where(~repeated | (modality == ""), names + "_" + modality.astype(str))
-    cases = names.tolist()
-    repeated = names.str.lower().duplicated(keep=False)
-    taken = {name.lower() for name in names[~repeated]}
-    for i in np.flatnonzero(repeated.to_numpy()):
+    frames = table["frame"].fillna(-1).astype(int).tolist()
+    cases = [
+        subject + (f"_{session}" if session else "") + (f"_frame{frame:02d}" if frame >= 0 else "")
+        for subject, session, frame in zip(table["subject"], table["session"], frames)
+    ]
+    for i in _repeated(cases):
+        modality = table["modality"].iloc[i]
+        if modality and _ID.fullmatch(modality):
+            cases[i] = f"{cases[i]}_{modality}"
+    repeated = _repeated(cases)
+    taken = {case.lower() for case in cases}
+    for i in repeated:
         number = 1
         while f"{cases[i]}_{number}".lower() in taken:
             number += 1
         cases[i] = f"{cases[i]}_{number}"
         taken.add(cases[i].lower())
     return cases
+
+
+def _repeated(names: list[str]) -> list[int]:
+    """Positions of names that occur more than once, capitals or not: on some disks they would be one file."""
+    lower = [name.lower() for name in names]
+    if len(set(lower)) == len(lower):
+        return []
+    counts = Counter(lower)
+    return [i for i, name in enumerate(lower) if counts[name] > 1]
 
 
 def _numbers(values: list[str]) -> np.ndarray:

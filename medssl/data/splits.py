@@ -121,8 +121,8 @@ def leave_site_out(manifest: Manifest, *, validation: float = 0.0, seed: int = 0
         held_out = set(table["group"][here])
         rest = [group for group in _ordered_groups(table, (), seed) if group not in held_out]
         result = _with_validation(manifest, sorted(held_out), rest, validation, seed, number)
-        result["split"] = result["split"].where(here | (result["split"] != "test"), None).astype(object)
-        tables[site] = result
+        parts = [part if at or part != "test" else None for part, at in zip(result["split"], here)]
+        tables[site] = result.assign(split=pd.Series(parts, dtype=object, index=result.index))
     return tables
 
 
@@ -454,7 +454,10 @@ def _with_validation(
 
 def _labelled_table(table: pd.DataFrame, sets: Mapping[str, Iterable[str]]) -> pd.DataFrame:
     part = {group: name for name, groups in sets.items() for group in groups}
-    return table.assign(split=pd.Series([part.get(group, "train") for group in table["group"]], dtype=object))
+    names = np.array(
+        [part.get(group, "train") for group in table["group"]], dtype=object
+    )  # an array: no index to align
+    return table.assign(split=names)
 
 
 def _listed(values: Iterable[object], limit: int = 10) -> str:
