@@ -245,6 +245,15 @@ def test_noise_has_the_drawn_strength_and_clip_comes_after_it():
     assert_close(clipped, difference.clamp(-0.1, 0.1))
 
 
+@pytest.mark.parametrize("way", ["items", "batched"])
+def test_noise_is_independent_between_items_views_steps_and_seeds(way):
+    config, still = AugmentConfig(noise={"probability": 1, "std": (1, 1)}), torch.zeros(3, 1, 30, 30)
+    keys = ({}, {"view": 1}, {"step": 1}, {"seed": 6})
+    fields = torch.cat([views(config, still, way, **key) for key in keys]).flatten(1)
+    likeness = torch.corrcoef(fields) - torch.eye(12)
+    assert likeness.abs().max() < 0.2
+
+
 # --- drawing and applying -------------------------------------------------------------------------------------------
 
 
