@@ -97,20 +97,26 @@ def data_scan(
     pattern: Annotated[
         str | None, typer.Option(help="folder: file names with fields, e.g. '{subject}_{session}.nii.gz'.")
     ] = None,
-    label_pattern: Annotated[str | None, typer.Option(help="folder: label of an image, with the same fields.")] = None,
-    channels: Annotated[str | None, typer.Option(help="msd: which channels of a 4D image, e.g. T2.")] = None,
-    suffix: Annotated[str | None, typer.Option(help="bids: suffix of the images, e.g. T1w.")] = None,
-    cine: Annotated[bool, typer.Option("--cine", help="acdc: also list every frame of the 4D cine.")] = False,
+    label: Annotated[str | None, typer.Option(help="folder: label of an image, with the same fields.")] = None,
+    channels: Annotated[str | None, typer.Option(help="msd: all, both, or one modality of a 4D image.")] = None,
+    modality: Annotated[str | None, typer.Option(help="mmwhs: both, MR or CT; folder: what the images are.")] = None,
+    suffix: Annotated[str | None, typer.Option(help="bids: images, e.g. T1w; 'T1w;FLAIR' as channels.")] = None,
+    frames: Annotated[str | None, typer.Option(help="acdc: labelled (ED and ES) or cine (every frame).")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing manifest.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a manifest of a folder of MRI: one row a volume, and what was skipped and why."""
     from medssl.runs import cohort
 
-    options = {"pattern": pattern, "label_pattern": label_pattern, "channels": channels, "suffix": suffix}
+    options = {
+        "pattern": pattern,
+        "label": label,
+        "channels": channels,
+        "modality": modality,
+        "suffix": suffix,
+        "frames": frames,
+    }
     given = {name: value for name, value in options.items() if value is not None}
-    if cine:
-        given["cine"] = True
     _show(cohort.scan(root, out, kind=kind, options=given, force=force), as_json)
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel
 
+from medssl.config.models import CONFIGS, FinetuneConfig, PretrainConfig
 from medssl.core.errors import ConfigError, nearest
 from medssl.core.files import parse_yaml, read_yaml
 from medssl.core.schema import validate
@@ -33,6 +34,18 @@ def load_config(model: type[Config], path: Path, overrides: Sequence[str] = ()) 
     for override in overrides:
         apply_override(values, override)
     return validate(model, values, source=str(path))
+
+
+def load_any(path: Path, overrides: Sequence[str] = ()) -> PretrainConfig | FinetuneConfig:
+    """Read a configuration of whichever kind its key ``kind`` says (or, without it, its sections tell)."""
+    values = read_yaml(path)
+    kind = values.get("kind") if isinstance(values, dict) else None
+    if kind is None and isinstance(values, dict):
+        kind = "finetune" if "task" in values else "pretrain"
+    if kind not in CONFIGS:
+        raise ConfigError(f"unknown kind of run `{kind}`. {nearest(str(kind), CONFIGS)}", where=str(path))
+    loaded: PretrainConfig | FinetuneConfig = load_config(CONFIGS[kind], path, overrides)
+    return loaded
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -75,10 +88,3 @@ def _index(place: list[Any], part: str, name: str) -> int:
 def dump_config(config: BaseModel) -> str:
     """The resolved configuration as YAML, every default written out."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
-
-
-def known_name(kind: str, name: str, known: Sequence[str]) -> str:
-    """``name`` if it is known; otherwise a ConfigError with the nearest one."""
-    if name not in known:
-        raise ConfigError(f"unknown {kind} `{name}`. {nearest(name, known)}")
-    return name

@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 from medssl.core.schema import StrictModel, tagged_union
 from medssl.core.types import Needs
 from medssl.data.items import ItemsConfig
-from medssl.inference.predict import InferenceConfig
+from medssl.inference.config import InferenceConfig
 from medssl.methods import METHODS, TASKS
 from medssl.models import ENCODERS
 from medssl.samplers import SAMPLERS

@@ -33,7 +33,7 @@ from medssl.transforms.preprocess import PrepareConfig, prepared_shape, preproce
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same settings would store something else."""
 
 STALE_SECONDS = 24 * 3600
@@ -51,6 +51,9 @@ class VolumeTable(Protocol):
 
     def label_path(self, volume: int) -> Path | None:
         """File of the label map."""
+
+    def channels(self, volume: int) -> int | None:
+        """Channels along the fourth axis of the one file, or None."""
 
 
 def prepare(
@@ -121,9 +124,17 @@ def _sources(
         except DataError as error:
             problems[volume] = str(error)
             continue
-        identity = {**settings, "files": content, "label": label is not None, "frame": frame}
+        channels = manifest.channels(volume)
+        identity = {**settings, "files": content, "label": label is not None, "frame": frame, "channels": channels}
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:40]
-        sources[volume] = {"key": key, "case": str(row.case), "images": images, "label": label, "frame": frame}
+        sources[volume] = {
+            "key": key,
+            "case": str(row.case),
+            "images": images,
+            "label": label,
+            "frame": frame,
+            "channels": channels,
+        }
     memory.save()
     return sources, problems
 
@@ -136,7 +147,8 @@ def _bytes_needed(sources: Sequence[dict[str, Any]] | Any, config: PrepareConfig
         except DataError:
             continue  # reported when it is prepared, with the others
         shape = prepared_shape(header.shape[:3], header.affine, config)
-        needed += int(np.prod(shape)) * (4 * len(source["images"]) + (source["label"] is not None))
+        n_channels = source["channels"] or len(source["images"])
+        needed += int(np.prod(shape)) * (4 * n_channels + (source["label"] is not None))
     return needed
 
 
@@ -155,20 +167,20 @@ def _build(source: dict[str, Any], config: PrepareConfig, folder: Path, slice_ax
     Only problems of the data are returned: a full disk stops everything, since every other volume would meet it too.
     """
     try:
-        arrays, geometry, warnings = _prepare_arrays(source, config, slice_axis)
+        arrays, info, warnings = _prepare_arrays(source, config, slice_axis)
     except DataError as error:
         return source["key"], str(error), ()
     except (RuntimeError, ValueError, MemoryError) as error:  # from the libraries: name the volume, keep the others
         logger.debug("preparing %s failed", source["images"], exc_info=True)
         return source["key"], f"{type(error).__name__}: {error}\n  where: {source['images'][0]}", ()
-    _write_entry(folder, source["key"], arrays, geometry)
+    _write_entry(folder, source["key"], arrays, info)
     return source["key"], None, warnings
 
 
 def _prepare_arrays(
     source: dict[str, Any], config: PrepareConfig, slice_axis: int
-) -> tuple[dict[str, np.ndarray], CaseGeometry, tuple[str, ...]]:
-    volume = read_volume(source["images"], frame=source["frame"])
+) -> tuple[dict[str, np.ndarray], dict[str, Any], tuple[str, ...]]:
+    volume = read_volume(source["images"], frame=source["frame"], channels=source["channels"])
     label = None
     if source["label"] is not None:
         label = _matching_label(source, volume.data.shape[1:], volume.affine)
@@ -177,7 +189,12 @@ def _prepare_arrays(
     if prepared.label is not None:
         arrays["label"] = np.ascontiguousarray(np.moveaxis(prepared.label, slice_axis, 0))
     geometry = CaseGeometry(volume.affine, volume.data.shape[1:], prepared.affine, prepared.image.shape[1:], slice_axis)
-    return arrays, geometry, volume.warnings
+    return arrays, {**geometry.to_json(), "voxels": voxel_hash(volume.data)}, volume.warnings
+
+
+def voxel_hash(data: np.ndarray) -> str:
+    """SHA-256 of voxels and their shape: equal for copies of an image under other names or compressions."""
+    return hashlib.sha256(str(data.shape).encode() + np.ascontiguousarray(data).tobytes()).hexdigest()
 
 
 def _matching_label(source: dict[str, Any], shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
@@ -202,7 +219,7 @@ def _matching_label(source: dict[str, Any], shape: tuple[int, ...], affine: np.n
     return label
 
 
-def _write_entry(folder: Path, key: str, arrays: dict[str, np.ndarray], geometry: CaseGeometry) -> None:
+def _write_entry(folder: Path, key: str, arrays: dict[str, np.ndarray], info: dict[str, Any]) -> None:
     entry = folder / key
     with explain_disk_errors(entry):
         temporary = Path(tempfile.mkdtemp(dir=folder, prefix=f".{socket.gethostname()}.{os.getpid()}.", suffix=".tmp"))
@@ -215,7 +232,7 @@ def _write_entry(folder: Path, key: str, arrays: dict[str, np.ndarray], geometry
                     os.fsync(file.fileno())
                     sizes[name] = file.tell()
             with (temporary / "geometry.json").open("w", encoding="utf-8") as file:
-                json.dump({**geometry.to_json(), "bytes": sizes}, file)
+                json.dump({**info, "bytes": sizes}, file)
                 file.flush()
                 os.fsync(file.fileno())
             _put_into_place(temporary, entry)

@@ -155,6 +155,10 @@ class VolumeStore:
         """Native and prepared grid of a volume."""
         return self._geometry[volume]
 
+    def voxels(self, volume: int) -> str:
+        """Hash of the voxels of the file before preparation: one image under two names has one."""
+        return str(self._info[volume]["voxels"])
+
     def has_label(self, volume: int) -> bool:
         """Whether a label map was prepared with the volume."""
         return "label" in self._info[volume]["bytes"]

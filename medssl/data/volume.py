@@ -222,12 +222,19 @@ def _read_channel(
     return data, affine, warnings
 
 
-def read_volume(paths: Path | str | Sequence[Path], *, frame: int | None = None, max_bytes: int = MAX_BYTES) -> Volume:
-    """Read an image; several files are the channels of one grid.
+def read_volume(
+    paths: Path | str | Sequence[Path],
+    *,
+    frame: int | None = None,
+    channels: int | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> Volume:
+    """Read an image; several files, or the entries of one file's fourth axis, are the channels of one grid.
 
     Args:
         paths: One file, or one per channel. Read: .nii, .nii.gz, .npy, .mha, .nrrd.
-        frame: Index into the fourth axis; required when a file has one.
+        frame: Index into the fourth axis; required when a file has one that is time.
+        channels: The one file's fourth axis holds this many channels (T2 and ADC, say); None: it is time, or absent.
         max_bytes: Files that hold this many bytes or more, decompressed, are refused.
 
     Raises:
@@ -237,22 +244,27 @@ def read_volume(paths: Path | str | Sequence[Path], *, frame: int | None = None,
     files = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
     if not files:
         raise DataError("no file was named for a volume", fix="fill in the column `image` of the manifest")
-    channels, affine, warnings = [], np.eye(4), []
-    for file in files:
-        data, own, found = _read_channel(file, frame, max_bytes)
+    if channels is not None:
+        _check_channels(files, frame, channels)
+        places = [(files[0], entry) for entry in range(channels)]
+    else:
+        places = [(file, frame) for file in files]
+    parts, affine, warnings = [], np.eye(4), []
+    for file, entry in places:
+        data, own, found = _read_channel(file, entry, max_bytes)
         warnings.extend(found)
-        if not channels:
+        if not parts:
             affine = own
-        elif data.shape != channels[0].shape or not affines_agree(affine, own, data.shape):
-            same_shape = data.shape == channels[0].shape
+        elif data.shape != parts[0].shape or not affines_agree(affine, own, data.shape):
+            same_shape = data.shape == parts[0].shape
             raise DataError(
                 "channels of one volume lie on different grids",
                 where=f"{files[0]} and {file}",
-                found="their affines differ" if same_shape else f"shapes {channels[0].shape} and {data.shape}",
+                found="their affines differ" if same_shape else f"shapes {parts[0].shape} and {data.shape}",
                 fix="resample the second file onto the grid of the first",
             )
-        channels.append(data)
-    data = channels[0][None] if len(channels) == 1 else np.stack(channels)
+        parts.append(data)
+    data = parts[0][None] if len(parts) == 1 else np.stack(parts)
     return Volume(data, affine, ";".join(str(file) for file in files), tuple(dict.fromkeys(warnings)))
 
 

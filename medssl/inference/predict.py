@@ -56,7 +56,8 @@ def predict_volume(
         ShapeError: The network's output has another grid than its input.
         ConfigError: An impossible window or overlap; too little GPU memory for the pass (with what to change).
     """
-    volume = torch.as_tensor(np.asarray(image) if isinstance(image, np.ndarray) else image, dtype=torch.float32)
+    # A copy: prepared volumes are read-only maps of files, which torch warns about.
+    volume = torch.as_tensor(np.array(image) if isinstance(image, np.ndarray) else image, dtype=torch.float32)
     if volume.ndim != 4 or spatial_dims not in (2, 3):
         raise ShapeError("predict_volume takes (C, X, Y, Z) and 2 or 3 dimensions", found=str(tuple(volume.shape)))
     if window is not None and (len(window) != spatial_dims or min(window) < 1 or not 0 <= overlap < 1):

@@ -31,6 +31,9 @@ class Table:
     folder: Path
     channels: tuple[str, ...] = ("image",)
 
+    def channels(self, volume):
+        return None
+
     def image_paths(self, volume):
         return [self.folder / f"{volume}_{name}.nii.gz" for name in self.channels]
 

@@ -1,0 +1,353 @@
+"""Fine-tune segmentation with few labels: arms x label fractions x draws x seeds, scored on people never seen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from medssl.config import ArmConfig, FinetuneConfig, dump_config
+from medssl.core.errors import ConfigError, DataError
+from medssl.core.files import write_json
+from medssl.core.types import ModelParts
+from medssl.data.items import ItemReader, build_items, item_shape
+from medssl.data.manifest import Manifest, read_manifest
+from medssl.data.splits import LabelDraw, label_draws, refuse_leak
+from medssl.methods import TASKS
+from medssl.models import build_decoder, build_encoder, load_weights, read_model
+from medssl.reporting import build_report
+from medssl.reporting.tables import write_csv
+from medssl.runs.folder import open_run, tracked
+from medssl.runs.grid import Cell, Result, fingerprint, run_grid
+from medssl.runs.predict import save_network
+from medssl.runs.scoring import mean_dice, save_overlays, score_volumes
+from medssl.runs.summary import UPPER_BOUND, Finetuned, summarise_grid
+from medssl.runs.volumes import (
+    FINGERPRINT_DIGITS,
+    Cohort,
+    image_hashes,
+    in_splits,
+    open_cohort,
+    with_absolute_paths,
+)
+from medssl.samplers import FewLabelSampler
+from medssl.training import BatchSource, train
+from medssl.training.device import resolve_accelerator
+
+log = logging.getLogger(__name__)
+
+# Settings that change where and how fast a cell is computed, but not its result.
+_NOT_RESULT = {"name", "runs", "status", "grid", "save_predictions", "kind"}
+_NOT_RESULT_TRAINING = {"workers", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "log_every"}
+
+
+@dataclass(frozen=True)
+class CellRunner:
+    """Computes one cell; picklable, so that cells can run in processes of their own."""
+
+    config: FinetuneConfig
+    cohort: Cohort
+    draws: dict[tuple[int, int], LabelDraw]
+    folder: Path
+    allow_changed: bool = False
+
+    def __call__(self, cell: Cell, folder: Path) -> Result:
+        """Train, choose the step on validation, predict the evaluation split, score it in native geometry."""
+        config, cohort = self.config, self.cohort
+        draw = self.draws[cell.n_labelled, cell.draw]
+        task, report = build_task(config, cohort, self.arm(cell), cell.seed, draw)
+        labelled = cohort.chosen.select(cohort.chosen.table["volume"].isin(draw.train).to_numpy(dtype=bool))
+        table = build_items(labelled, cohort.store, config.items)
+        source = BatchSource(
+            FewLabelSampler(table, seed=cell.seed, batch_size=config.batch_size),
+            ItemReader(cohort.store, table, config.items),
+            config.views,
+            seed=cell.seed,
+            workers=config.training.workers,
+        )
+        validation = tuple(draw.validation)
+
+        def validate(method: Any, step: int) -> float:
+            del step
+            return mean_dice(method.network, cohort, validation, config)
+
+        steps = self.arm(cell).steps
+        settings = config.training if steps is None else config.training.model_copy(update={"steps": steps})
+        trained = train(
+            task,
+            source,
+            settings,
+            optimizer=config.optimizer,
+            schedule=config.schedule,
+            seed=cell.seed,
+            run_dir=folder,
+            resume=True,
+            allow_changed=self.allow_changed,
+            validate=validate if validation else None,
+            fingerprint={"cell": self.key(cell)},
+        )
+        predictions = self.folder / "predictions" / cell.name if config.save_predictions == "all" else None
+        evaluated = in_splits(cohort.chosen, (config.evaluate_on,))
+        scored = score_volumes(task.network, cohort, evaluated, config, predictions=predictions)
+        write_csv(scored.rows, folder / "per_case.csv")
+        save_network(folder / "weights", task.network, config, cohort)
+        return {
+            "steps": trained.steps,
+            "seconds": trained.seconds,
+            "best_step": trained.best_step,
+            "best_score": trained.best_score,
+            "data_wait_share": trained.data_wait_share,
+            "n_validation": len(validation),
+            "weights": report,
+            "train": [cohort.store.case(volume) for volume in draw.train],
+            "validation": [cohort.store.case(volume) for volume in draw.validation],
+        }
+
+    def arm(self, cell: Cell) -> ArmConfig:
+        """The arm's settings; the upper bound is training from scratch."""
+        if cell.arm == UPPER_BOUND:
+            return ArmConfig(name="scratch")
+        return next(arm for arm in self.config.grid.arms if arm.name == cell.arm)
+
+    def key(self, cell: Cell) -> str:
+        """Fingerprint of everything that determines the cell's result."""
+        arm = self.arm(cell)
+        draw = self.draws[cell.n_labelled, cell.draw]
+        settings = self.config.model_dump(mode="json", exclude=_NOT_RESULT)
+        settings["training"] = {k: v for k, v in settings["training"].items() if k not in _NOT_RESULT_TRAINING}
+        settings["data"] = {k: v for k, v in settings["data"].items() if k in ("prepare", "map")}
+        table = self.cohort.chosen.table
+        used = table[table["volume"].isin([*draw.train, *draw.validation])]
+        evaluated = in_splits(self.cohort.chosen, (self.config.evaluate_on,)).table
+        return fingerprint(
+            {
+                "settings": settings,
+                "arm": {
+                    "steps": arm.steps,
+                    "weights": None if arm.weights is None else read_model(arm.weights)["sha256"],
+                },
+                "cell": [cell.n_labelled, cell.draw, cell.seed],
+                "train": sorted(used["case"]),
+                "draw": [draw.train, draw.validation],
+                "evaluated": sorted(evaluated["case"]),
+            }
+        )
+
+
+def build_task(
+    config: FinetuneConfig, cohort: Cohort, arm: ArmConfig, seed: int, draw: LabelDraw
+) -> tuple[Any, dict[str, Any]]:
+    """The network of one cell with its starting weights, and what became of the weights that were loaded."""
+    shape = item_shape(cohort.store, draw.train[0], config.items)
+    encoder = build_encoder(config.model.encoder, shape, seed=seed)
+    decoder = build_decoder(encoder, blocks=config.model.decoder_blocks, seed=seed)
+    report: dict[str, Any] = {}
+    if arm.weights is not None:
+        parts = [("encoder", encoder)]
+        if read_model(arm.weights)["decoder"] is not None:
+            parts.append(("decoder", decoder))
+        for part, module in parts:
+            loaded = load_weights(module, arm.weights, part=part)
+            report[part] = {name: len(getattr(loaded, name)) for name in ("matched", "adapted", "skipped", "missing")}
+    settings = config.task
+    if settings.n_classes is None:
+        settings = settings.model_copy(update={"n_classes": len(cohort.classes) + 1})
+    task = TASKS[settings.name].build(settings, ModelParts(encoder, decoder, shape), seed=seed)
+    return task, report
+
+
+def finetune(config: FinetuneConfig, *, resume: bool = False, allow_changed: bool = False) -> Finetuned:
+    """Run the whole grid, aggregate and report.
+
+    Args:
+        config: The validated configuration.
+        resume: Go on in an existing run folder; finished cells are not repeated.
+        allow_changed: Resume half-finished cells although their settings changed.
+
+    Raises:
+        ConfigError, DataError: Before any training starts.
+        Interrupted: Asked to stop; resumable.
+    """
+    resolve_accelerator(config.training)
+    cohort = _open(config)
+    leaks = check_leaks(config, cohort)
+    draws = plan_draws(config, cohort)
+    cells = plan_cells(config, draws)
+    folder = open_run(
+        config.runs,
+        config.name,
+        kind="finetune",
+        config_text=dump_config(config),
+        manifest=cohort.chosen,
+        resume=resume,
+    )
+    with tracked(folder, "finetune") as info:
+        runner = CellRunner(config, cohort, draws, folder, allow_changed)
+        keys = {cell: runner.key(cell) for cell in cells}
+        results = run_grid(cells, runner, folder / "cells", keys=keys, jobs=config.grid.jobs)
+        done = finish(config, cohort, folder, results, leaks)
+        info["verdict"] = done.verdict
+    return done
+
+
+def _open(config: FinetuneConfig) -> Cohort:
+    splits = (*(config.data.splits or ()), config.evaluate_on) if config.data.splits else None
+    cohort = open_cohort(config.data, slice_axis=config.items.slice_axis, splits=splits)
+    if not cohort.chosen.table["split"].notna().any():
+        raise DataError(
+            "the manifest holds no split, so there is nobody to evaluate on",
+            where=str(cohort.manifest.path),
+            fix="run `medssl data split` first",
+        )
+    if not cohort.classes:
+        raise DataError("no volume of these splits has a label", where=str(cohort.manifest.path))
+    evaluated = in_splits(cohort.chosen, (config.evaluate_on,))
+    if not evaluated.table["label"].notna().any():
+        raise DataError(f"no volume of the split {config.evaluate_on} has a label", where=str(cohort.manifest.path))
+    return cohort
+
+
+def check_leaks(config: FinetuneConfig, cohort: Cohort) -> list[str]:
+    """Refuse a person or image that is trained on and tested on; pretraining counts as training.
+
+    Returns:
+        What was let pass because the configuration says ``transductive``, and what could not be checked.
+    """
+    evaluated = in_splits(cohort.chosen, (config.evaluate_on,))
+    trained = in_splits(cohort.chosen, config.data.splits)
+    hashes = image_hashes(cohort)
+    refuse_leak({"training": trained, config.evaluate_on: evaluated}, hashes=hashes)
+    notes: list[str] = []
+    for arm in config.grid.arms:
+        if arm.weights is None:
+            continue
+        pretrained = pretraining_manifest(arm.weights)
+        notes += shared_images(arm, cohort, evaluated, transductive=config.data.transductive)
+        if pretrained is None:
+            notes.append(f"`{arm.name}`: no manifest beside the weights; only identical images could be looked for")
+            continue
+        found = refuse_leak(
+            {f"the pretraining of `{arm.name}`": pretrained, config.evaluate_on: with_absolute_paths(evaluated)},
+            transductive=config.data.transductive,
+        )
+        notes += [str(leak) for leak in found]
+    return notes
+
+
+def shared_images(arm: ArmConfig, cohort: Cohort, evaluated: Manifest, *, transductive: bool) -> list[str]:
+    """Evaluated images whose voxels the weights say they were pretrained on.
+
+    Raises:
+        DataError: There are some, and the configuration does not say ``transductive``.
+    """
+    assert arm.weights is not None
+    seen = set(read_model(arm.weights)["info"].get("pretrained_on", ()))
+    shared = [
+        cohort.store.case(int(volume))
+        for volume in evaluated.table["volume"]
+        if cohort.store.voxels(int(volume))[:FINGERPRINT_DIGITS] in seen
+    ]
+    if shared and not transductive:
+        raise DataError(
+            f"the weights of `{arm.name}` were pretrained on images that are evaluated",
+            where=str(arm.weights),
+            found=", ".join(shared[:20]) + (f" and {len(shared) - 20} more" if len(shared) > 20 else ""),
+            fix="pretrain without them, or set data.transductive: true if that is what you study",
+        )
+    return [f"image of {case} was in the pretraining of `{arm.name}`" for case in shared]
+
+
+def pretraining_manifest(weights: Path) -> Manifest | None:
+    """The volumes that some weights were pretrained on; None where the run's manifest is not there."""
+    for folder in (weights, weights.parent):
+        if (folder / "manifest.csv").is_file():
+            return read_manifest(folder / "manifest.csv")
+    return None
+
+
+def plan_draws(config: FinetuneConfig, cohort: Cohort) -> dict[tuple[int, int], LabelDraw]:
+    """Which labelled volumes train and validate, per (n_labelled, draw)."""
+    grid = config.grid
+    pool = in_splits(cohort.chosen, config.data.splits)
+    draws = label_draws(
+        pool,
+        n_labelled=grid.n_labelled,
+        draws=grid.draws,
+        n_validation=grid.n_validation,
+        seed=config.seed,
+        published=grid.published_draws,
+    )
+    planned = {(one.n_labelled, one.draw): one for one in draws}
+    if grid.upper_bound:
+        everything = upper_bound_draw(pool, draws)
+        planned[everything.n_labelled, 0] = everything
+    return planned
+
+
+def upper_bound_draw(pool: Manifest, draws: Sequence[LabelDraw]) -> LabelDraw:
+    """Every labelled volume but the people of the first draw's validation volumes."""
+    validation = draws[0].validation
+    table = pool.table
+    held_out = set(table["group"][table["volume"].isin(validation)])
+    train = table["volume"][table["label"].notna() & ~table["group"].isin(held_out)].astype(int).tolist()
+    if not train:
+        raise ConfigError("grid.upper_bound: no labelled volume is left for it", fix="set grid.upper_bound: false")
+    return LabelDraw(len(train), 0, train, validation)
+
+
+def plan_cells(config: FinetuneConfig, draws: dict[tuple[int, int], LabelDraw]) -> list[Cell]:
+    """All cells; arms side by side, so that a stopped run can already be compared."""
+    grid = config.grid
+    cells = [
+        Cell(arm.name, n, draw, seed)
+        for seed in grid.seeds
+        for draw in range(1, grid.draws + 1)
+        for n in sorted(set(grid.n_labelled))
+        for arm in grid.arms
+    ]
+    cells += [Cell(UPPER_BOUND, n, draw, grid.seeds[0]) for n, draw in draws if draw == 0]
+    return cells
+
+
+def finish(
+    config: FinetuneConfig, cohort: Cohort, folder: Path, results: dict[Cell, Result], leaks: list[str]
+) -> Finetuned:
+    """Tables, summary, overlays and report from the finished cells."""
+    tables = []
+    for cell in results:
+        rows = pd.read_csv(
+            folder / "cells" / cell.name / "per_case.csv", dtype={"case": str, "subject": str, "group": str}
+        )
+        tables.append(rows.assign(arm=cell.arm, n_labelled=cell.n_labelled, draw=cell.draw, seed=cell.seed))
+    per_case = pd.concat(tables, ignore_index=True)
+    first = ["arm", "n_labelled", "draw", "seed", "case", "subject", "group", "class"]
+    per_case = per_case[[*first, *[name for name in per_case if name not in first]]]
+    write_csv(per_case, folder / "eval" / "per_case.csv")
+    write_csv(cell_table(results), folder / "eval" / "cells.csv")
+    done = summarise_grid(config, cohort, folder, per_case, results, leaks)
+    write_json(folder / "eval" / "summary.json", done.summary)
+    save_overlays(config, cohort, per_case, folder)
+    done.report = build_report(folder)
+    return done
+
+
+def cell_table(results: dict[Cell, Result]) -> pd.DataFrame:
+    """One row per cell: budget used, step chosen, score on validation."""
+    names = ("n_validation", "best_step", "best_score", "steps", "seconds", "data_wait_share")
+    return pd.DataFrame(
+        [
+            {
+                "arm": cell.arm,
+                "n_labelled": cell.n_labelled,
+                "draw": cell.draw,
+                "seed": cell.seed,
+                **{name: result[name] for name in names},
+                "status": "done",
+            }
+            for cell, result in results.items()
+        ]
+    )

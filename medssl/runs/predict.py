@@ -1,0 +1,221 @@
+"""Segment new volumes with a fine-tuned network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import nn
+
+from medssl.config import FinetuneConfig
+from medssl.core.errors import ConfigError, DataError, MedsslError, WeightsError
+from medssl.core.files import atomic_write, write_json
+from medssl.core.schema import validate
+from medssl.data.manifest import Manifest, ManifestMeta, read_manifest
+from medssl.data.store import CaseGeometry
+from medssl.data.volume import SUFFIXES, read_volume, write_nifti
+from medssl.inference.config import InferenceConfig
+from medssl.models import ENCODERS, SegmentationNet, build_decoder
+from medssl.runs.scoring import predict_native
+from medssl.runs.volumes import Cohort, LabelClass
+from medssl.training import TrainingConfig
+from medssl.training.device import resolve_accelerator
+from medssl.transforms.preprocess import PrepareConfig, preprocess
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    """A fine-tuned network and everything that its input and output need."""
+
+    network: nn.Module
+    prepare: PrepareConfig
+    inference: InferenceConfig
+    classes: tuple[LabelClass, ...]
+    spatial_dims: int
+    slice_axis: int
+    channels: int
+
+    def __call__(self, image: np.ndarray, affine: np.ndarray, *, where: str) -> np.ndarray:
+        """(C, X, Y, Z) in any orientation to a label map (X, Y, Z) on the same grid.
+
+        Raises:
+            DataError: Another number of channels than it was trained with, or a volume that cannot be prepared.
+        """
+        if image.shape[0] != self.channels:
+            raise DataError(
+                f"the network takes {self.channels} channels", where=where, found=f"{image.shape[0]} channels"
+            )
+        prepared = preprocess(image, affine, self.prepare, where=where)
+        geometry = CaseGeometry(affine, image.shape[1:], prepared.affine, prepared.image.shape[1:], self.slice_axis)
+        return predict_native(
+            self.network,
+            prepared.image,
+            geometry,
+            self.classes,
+            spatial_dims=self.spatial_dims,
+            slice_axis=self.slice_axis,
+            inference=self.inference,
+        )
+
+
+@dataclass
+class Predicted:
+    """Label maps that were written, and inputs that could not be segmented."""
+
+    written: list[Path] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """For people."""
+        lines = [f"{len(self.written)} label maps written"]
+        lines += [f"FAILED {name}: {why}" for name, why in self.failed.items()]
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """For machines."""
+        return {"written": [str(path) for path in self.written], "failed": self.failed}
+
+
+def save_network(folder: Path, network: SegmentationNet, config: FinetuneConfig, cohort: Cohort) -> None:
+    """Write ``network.safetensors`` and ``network.json``: the weights, how to prepare a volume, what classes mean."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    data = save_tensors(tensors)
+    atomic_write(folder / "network.safetensors", data)
+    write_json(
+        folder / "network.json",
+        {
+            "format": 1,
+            "encoder": network.encoder.architecture,
+            "decoder": network.decoder.architecture,
+            "n_classes": network.n_classes,
+            "classes": [[one.number, one.value, one.name] for one in cohort.classes],
+            "prepare": config.data.prepare.model_dump(mode="json"),
+            "inference": config.inference.model_dump(mode="json"),
+            "spatial_dims": config.spatial_dims,
+            "slice_axis": config.items.slice_axis,
+            "sha256": hashlib.sha256(data).hexdigest(),
+        },
+    )
+
+
+def load_segmenter(path: Path, device: torch.device | str = "cpu") -> Segmenter:
+    """Load what ``save_network`` wrote.
+
+    Args:
+        path: Folder of a cell (``runs/<name>/cells/<cell>``), or its ``weights`` folder.
+        device: Where the network runs.
+
+    Raises:
+        WeightsError: Not such a folder, or damaged.
+    """
+    folder = path / "weights" if (path / "weights" / "network.json").is_file() else path
+    file = folder / "network.json"
+    if not file.is_file():
+        cells = sorted(cell.name for cell in (path / "cells").glob("*") if cell.is_dir())[:5]
+        hint = f"for instance {path / 'cells' / cells[0]}" if cells else "such as runs/NAME/cells/CELL"
+        raise WeightsError("no fine-tuned network here", where=str(path), fix=f"name the folder of a cell, {hint}")
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        data = (folder / "network.safetensors").read_bytes()
+        if hashlib.sha256(data).hexdigest() != about["sha256"]:
+            raise ValueError("network.safetensors does not have the checksum that network.json states")
+        entry = ENCODERS[about["encoder"]["config"]["name"]]
+        config = validate(entry.config, about["encoder"]["config"], source=str(file))
+        encoder = entry.build(config, about["encoder"]["in_channels"])
+        decoder = build_decoder(encoder, blocks=about["decoder"]["blocks"], norm=about["decoder"]["norm"])
+        network = SegmentationNet(encoder, decoder, about["n_classes"])
+        network.load_state_dict(load_tensors(data))
+        return Segmenter(
+            network.to(device).eval(),
+            validate(PrepareConfig, about["prepare"], source=str(file)),
+            validate(InferenceConfig, about["inference"], source=str(file)),
+            tuple(LabelClass(*one) for one in about["classes"]),
+            int(about["spatial_dims"]),
+            int(about["slice_axis"]),
+            int(about["encoder"]["in_channels"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ConfigError) as error:
+        raise WeightsError(
+            "the fine-tuned network cannot be loaded",
+            where=str(folder),
+            found=str(error).splitlines()[0],
+            fix="fine-tune again, or copy the whole folder of the cell",
+        ) from error
+
+
+def predict(weights: Path, inputs: Path, out: Path, *, accelerator: str = "auto") -> Predicted:
+    """Segment volumes and write a label map for each, in the geometry of its input.
+
+    Args:
+        weights: Folder of a cell.
+        inputs: A manifest, one volume, or a folder of volumes.
+        out: Folder for ``<case>.nii.gz``; inputs are never overwritten.
+        accelerator: auto, cpu or gpu.
+
+    Raises:
+        WeightsError, DataError, ConfigError: Before anything is predicted.
+    """
+    device = resolve_accelerator(
+        validate(TrainingConfig, {"steps": 1, "accelerator": accelerator}, source="--accelerator")
+    )
+    segmenter = load_segmenter(weights, device)
+    manifest = input_manifest(inputs)
+    result = Predicted()
+    for volume in (int(v) for v in manifest.table["volume"]):
+        row = manifest.row(volume)
+        target = out / f"{row['case']}.nii.gz"
+        if any(target.resolve() == path.resolve() for path in manifest.image_paths(volume)):
+            raise ConfigError("the output would overwrite its input", where=str(target), fix="choose another --out")
+        frame = None if pd.isna(row["frame"]) else int(row["frame"])
+        try:
+            image = read_volume(manifest.image_paths(volume), frame=frame, channels=manifest.channels(volume))
+            label = segmenter(image.data, image.affine, where=str(row["case"]))
+        except MedsslError as error:
+            result.failed[str(row["case"])] = str(error)
+            continue
+        write_nifti(target, label, image.affine, dtype=np.int16)
+        result.written.append(target)
+        log.info("%s", target)
+    if not result.written:
+        raise DataError("no volume could be segmented", found="; ".join(result.failed.values())[:500])
+    return result
+
+
+def input_manifest(inputs: Path) -> Manifest:
+    """A manifest as it is, or one made for a volume or a folder of volumes.
+
+    Raises:
+        DataError: Nothing to segment there.
+    """
+    if inputs.suffix == ".csv":
+        return read_manifest(inputs)
+    if inputs.is_dir():
+        files = sorted(path for path in inputs.iterdir() if path.name.lower().endswith(SUFFIXES))
+    else:
+        files = [inputs] if inputs.is_file() else []
+    if not files:
+        raise DataError(
+            "nothing to segment", where=str(inputs), fix=f"name a manifest.csv, a volume, or a folder of {SUFFIXES}"
+        )
+    table = pd.DataFrame({"subject": [_stem(path) for path in files], "image": [path.name for path in files]})
+    table = table.assign(volume=range(len(files)), case=table["subject"], frame=None, modality=None, label=None)
+    return Manifest(table, ManifestMeta(), files[0].parent / "manifest.csv")
+
+
+def _stem(path: Path) -> str:
+    name = path.name
+    for suffix in SUFFIXES:
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return path.stem

@@ -1,0 +1,208 @@
+"""Pretrain an encoder, or decoder blocks on top of one, on unlabelled volumes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medssl.config import PretrainConfig, dump_config
+from medssl.core import distributed
+from medssl.core.errors import ConfigError
+from medssl.core.files import write_json
+from medssl.core.types import Method, ModelParts
+from medssl.data.items import ItemReader, build_items
+from medssl.data.manifest import Manifest
+from medssl.data.splits import refuse_leak
+from medssl.methods import METHODS
+from medssl.models import build_decoder, build_encoder, load_weights, read_model, save_weights
+from medssl.reporting import build_report
+from medssl.runs.folder import open_run, run_folder, tracked
+from medssl.runs.volumes import FINGERPRINT_DIGITS, Cohort, in_splits, load_manifest, open_cohort
+from medssl.samplers import SAMPLERS
+from medssl.training import BatchSource, TrainResult, build_fabric, train
+from medssl.training.device import resolve_accelerator, resolve_precision
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What a pretraining left behind."""
+
+    folder: Path
+    weights: Path
+    summary: dict[str, Any]
+    report: Path | None
+
+    def text(self) -> str:
+        """For people."""
+        summary = self.summary
+        lines = [
+            f"{summary['method']}: {summary['steps']} steps in {summary['seconds']:.0f} s, "
+            f"{100 * summary['data_wait_share']:.1f} % of it waiting for data",
+            *(f"WARNING: {line}" for line in summary["collapse"]),
+            f"weights: {self.weights}",
+            f"report:  {self.report}",
+        ]
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """For machines."""
+        return {**self.summary, "folder": str(self.folder), "weights": str(self.weights), "report": str(self.report)}
+
+
+def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed: bool = False) -> Pretrained:
+    """Run one pretraining.
+
+    Args:
+        config: The validated configuration.
+        resume: Go on in an existing run folder.
+        allow_changed: Resume although the configuration or manifest changed.
+
+    Raises:
+        ConfigError, DataError: Before any training starts.
+        Interrupted: Asked to stop; resumable.
+    """
+    resolve_precision(config.training, resolve_accelerator(config.training))
+    manifest, _ = load_manifest(config.data)
+    leaks = check_leaks(config, manifest)
+    # Processes that Fabric starts later run this function too; the first one has made everything by then.
+    leader = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0")))) == 0
+    folder = run_folder(config.runs, config.name)
+    if leader:
+        chosen = in_splits(manifest, config.data.splits)
+        text = dump_config(config)
+        open_run(config.runs, config.name, kind="pretrain", config_text=text, manifest=chosen, resume=resume)
+    with tracked(folder, "pretrain") if leader else contextlib.nullcontext({}) as info:
+        cohort = open_cohort(config.data, slice_axis=config.items.slice_axis)
+        table = build_items(cohort.chosen, cohort.store, config.items)
+        reader = ItemReader(cohort.store, table, config.items, with_labels="label_map" in config.needs.labels)
+        settings = config.sampler.model_dump(exclude={"name"})
+        sampler = SAMPLERS[config.sampler.name](table, seed=config.seed, **settings)
+        _check_batch(config, sampler.batch_size)
+        method, begun_from = build_method(config, reader.image_shape)
+        source = BatchSource(sampler, reader, config.views, seed=config.seed, workers=config.training.workers)
+        fabric = build_fabric(config.training)
+        distributed.barrier()
+        trained = train(
+            method,
+            source,
+            config.training,
+            optimizer=config.optimizer,
+            schedule=config.schedule,
+            seed=config.seed,
+            run_dir=folder,
+            fabric=fabric,
+            resume=resume,
+            allow_changed=allow_changed,
+            fingerprint={
+                "config": config.model_dump(mode="json", exclude={"name", "runs", "status"}),
+                "manifest": cohort.chosen.hash(),
+            },
+        )
+        if distributed.rank() != 0:
+            return Pretrained(folder, folder / "weights", {}, None)
+        done = finish(config, cohort, method, trained, folder, begun_from, leaks)
+        info["collapse"] = trained.collapse
+    return done
+
+
+def check_leaks(config: PretrainConfig, manifest: Manifest) -> list[str]:
+    """Refuse pretraining on people of the test split; returns what ``transductive`` let pass."""
+    column = manifest.table["split"]
+    if not (column == "test").any():
+        return []
+    chosen = in_splits(manifest, config.data.splits)
+    test = manifest.select((column == "test").to_numpy(dtype=bool))
+    found = refuse_leak({"pretraining": chosen, "test": test}, transductive=config.data.transductive)
+    return [str(leak) for leak in found]
+
+
+def _check_batch(config: PretrainConfig, batch_size: int) -> None:
+    if batch_size < config.needs.min_batch:
+        raise ConfigError(
+            f"method `{config.method.name}` needs a batch of at least {config.needs.min_batch} items",
+            where="sampler",
+            found=str(batch_size),
+        )
+    processes = config.training.devices * config.training.nodes
+    if batch_size % processes:
+        raise ConfigError(f"a batch of {batch_size} items cannot be shared by {processes} processes", where="sampler")
+
+
+def build_method(config: PretrainConfig, image_shape: tuple[int, ...]) -> tuple[Method, str | None]:
+    """The method with its networks, and the checksum of the weights it begins from.
+
+    Raises:
+        ConfigError: A decoder is trained on a frozen encoder without weights.
+        WeightsError: The weights do not fit.
+    """
+    encoder = build_encoder(config.model.encoder, image_shape, seed=config.seed)
+    decoder = None
+    if config.needs.decoder:
+        decoder = build_decoder(encoder, blocks=config.model.decoder_blocks, seed=config.seed)
+    begun_from = None
+    if config.weights is not None:
+        load_weights(encoder, config.weights)
+        begun_from = read_model(config.weights)["sha256"]["encoder.safetensors"]
+    elif "encoder" not in config.needs.trains:
+        raise ConfigError(
+            f"method `{config.method.name}` trains a decoder on a frozen encoder, which is random without weights",
+            where="weights",
+            fix="name an encoder's pretraining (weights: runs/NAME), or set method.freeze_encoder: false",
+        )
+    parts = ModelParts(encoder, decoder, image_shape)
+    return METHODS[config.method.name].build(config.method, parts, seed=config.seed), begun_from
+
+
+def finish(
+    config: PretrainConfig,
+    cohort: Cohort,
+    method: Method,
+    trained: TrainResult,
+    folder: Path,
+    begun_from: str | None,
+    leaks: list[str],
+) -> Pretrained:
+    """Export weights, write the summary and the report."""
+    decoder = method.decoder if "decoder" in config.needs.trains else None
+    fingerprints = {cohort.store.voxels(volume)[:FINGERPRINT_DIGITS] for volume in cohort.store.volumes}
+    if config.weights is not None:
+        fingerprints |= set(read_model(config.weights)["info"].get("pretrained_on", ()))
+    weights = save_weights(
+        folder / "weights",
+        method.encoder,
+        decoder,
+        info={
+            "method": config.method.model_dump(mode="json"),
+            "steps": trained.steps,
+            "begun_from": begun_from,
+            "transductive": config.data.transductive,
+            "pretrained_on": sorted(fingerprints),
+        },
+    )
+    summary = {
+        "method": config.method.name,
+        "strategy": getattr(config.method, "strategy", None),
+        "steps": trained.steps,
+        "seconds": round(trained.seconds, 2),
+        "data_wait_share": round(trained.data_wait_share, 5),
+        "collapse": list(trained.collapse),
+        "skipped_checkpoints": list(trained.skipped),
+        "transductive": config.data.transductive,
+        "leaks_let_pass": leaks,
+        "n_volumes": len(cohort.store.volumes),
+        "n_groups": int(cohort.chosen.table["group"].nunique()),
+        "left_out": list(cohort.left_out),
+        "weights": {
+            "encoder": len(method.encoder.state_dict()),
+            **({} if decoder is None else {"decoder": len(decoder.state_dict())}),
+        },
+        "last": {name: float(value) for name, value in trained.last.items()},
+    }
+    write_json(folder / "eval" / "pretrain.json", summary)
+    return Pretrained(folder, weights, summary, build_report(folder))

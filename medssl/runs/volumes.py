@@ -1,0 +1,167 @@
+"""From a configuration's data section to prepared volumes: which rows, which classes, what was left out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from medssl.config import DataConfig
+from medssl.core.errors import ConfigError, DataError, nearest
+from medssl.data.cache import VolumeStore, prepare
+from medssl.data.manifest import Manifest, read_manifest
+from medssl.runs.progress import progress_bar
+from medssl.transforms.preprocess import PrepareConfig
+
+log = logging.getLogger(__name__)
+
+FINGERPRINT_DIGITS = 16
+"""Of the voxel hashes that weights carry: enough to recognise an image, useless for anything else."""
+
+
+@dataclass(frozen=True)
+class LabelClass:
+    """One structure: its number in prepared labels and predictions, its value in label files, its name."""
+
+    number: int
+    value: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The volumes of a run.
+
+    Attributes:
+        manifest: Every row of the file that was not excluded.
+        chosen: The rows that were prepared.
+        store: Their prepared voxels.
+        classes: Structures without background; empty when no volume has a label.
+        left_out: Cases that the configuration excludes.
+    """
+
+    manifest: Manifest
+    chosen: Manifest
+    store: VolumeStore
+    classes: tuple[LabelClass, ...]
+    left_out: tuple[str, ...]
+
+    def rows(self, splits: tuple[str, ...] | None) -> Manifest:
+        """The chosen rows of some splits."""
+        return in_splits(self.chosen, splits)
+
+
+def in_splits(manifest: Manifest, splits: tuple[str, ...] | None) -> Manifest:
+    """The rows whose ``split`` is one of ``splits``; all rows for None, or where the manifest has no split at all.
+
+    Raises:
+        DataError: No row is left.
+    """
+    column = manifest.table["split"]
+    if splits is None or not column.notna().any():
+        return manifest
+    selected = manifest.select(column.isin(splits).to_numpy(dtype=bool))
+    if len(selected) == 0:
+        present = sorted(str(value) for value in column.dropna().unique())
+        raise DataError(
+            f"no volume has the split {' or '.join(splits)}",
+            where=str(manifest.path),
+            found=f"splits in the manifest: {', '.join(present)}",
+            fix="run `medssl data split`, or name another split",
+        )
+    return selected
+
+
+def load_manifest(config: DataConfig) -> tuple[Manifest, tuple[str, ...]]:
+    """The manifest without the excluded rows, and the cases that were left out.
+
+    Raises:
+        ConfigError: ``exclude`` names nothing that is there.
+    """
+    manifest = read_manifest(config.manifest, mapping=config.map)
+    table = manifest.table
+    known = set(table["subject"]) | set(table["case"])
+    for name in config.exclude:
+        if name not in known:
+            raise ConfigError(
+                f"data.exclude: `{name}` is neither a subject nor a case. {nearest(name, list(known)[:50])}",
+                where=str(manifest.path),
+            )
+    excluded = table["subject"].isin(config.exclude) | table["case"].isin(config.exclude)
+    kept = manifest.select(~excluded.to_numpy(dtype=bool)) if excluded.any() else manifest
+    return kept, tuple(str(case) for case in table["case"][excluded])
+
+
+def open_cohort(
+    config: DataConfig, *, slice_axis: int, splits: tuple[str, ...] | None = None, every_split: bool = False
+) -> Cohort:
+    """Read the manifest and prepare the volumes of some splits (those in the cache already cost nothing).
+
+    Args:
+        config: The data section.
+        slice_axis: Axis along which volumes will be cut.
+        splits: Default: ``config.splits``.
+        every_split: Prepare all rows.
+    """
+    manifest, left_out = load_manifest(config)
+    chosen = manifest if every_split else in_splits(manifest, splits or config.splits)
+    classes = named_classes(manifest)
+    settings = with_label_values(config.prepare, classes, manifest)
+    with progress_bar(f"preparing {len(chosen)} volumes") as report:
+        store = prepare(chosen, settings, config.cache, slice_axis=slice_axis, jobs=config.jobs, progress=report)
+    if not classes:
+        classes = found_classes(store)
+    return Cohort(manifest, chosen, store, classes, left_out)
+
+
+def with_label_values(settings: PrepareConfig, classes: tuple[LabelClass, ...], manifest: Manifest) -> PrepareConfig:
+    """The same preparation, told which class each value of the label files is, where values are not class numbers.
+
+    A column ``label_alias`` (``421=420``) says that a value occurs that means another one.
+    """
+    if settings.label_values or not classes:
+        return settings
+    values = {one.value: one.number for one in classes}
+    if "label_alias" in manifest.table:
+        for text in manifest.table["label_alias"].dropna().unique():
+            for pair in str(text).split(";"):
+                alias, _, value = pair.partition("=")
+                values[int(alias)] = values[int(value)]
+    if all(value == number for value, number in values.items()):
+        return settings
+    return settings.model_copy(update={"label_values": values})
+
+
+def named_classes(manifest: Manifest) -> tuple[LabelClass, ...]:
+    """Structures that the meta file names, numbered 1, 2, ... in the order of their values."""
+    names = {value: name for value, name in sorted(manifest.meta.label_names.items()) if value != 0}
+    return tuple(LabelClass(i, value, name) for i, (value, name) in enumerate(names.items(), start=1))
+
+
+def found_classes(store: VolumeStore) -> tuple[LabelClass, ...]:
+    """Structures that the prepared labels hold, for a manifest that names none."""
+    values: set[int] = set()
+    for volume in store.volumes:
+        label = store.label(volume)
+        if label is not None:
+            values |= {int(value) for value in np.unique(label)}
+    highest = max(values, default=0)
+    return tuple(LabelClass(value, value, f"label {value}") for value in range(1, highest + 1))
+
+
+def image_hashes(cohort: Cohort) -> Mapping[Path, str]:
+    """Hash of the voxels of every image by its (first) path, for finding one image under two names."""
+    return {cohort.chosen.image_paths(volume)[0]: cohort.store.voxels(volume) for volume in cohort.store.volumes}
+
+
+def with_absolute_paths(manifest: Manifest) -> Manifest:
+    """The same rows with absolute paths, so that they can be compared with another manifest's."""
+    table = manifest.table.copy()
+    volumes = [int(volume) for volume in table["volume"]]
+    table["image"] = [";".join(str(path.resolve()) for path in manifest.image_paths(volume)) for volume in volumes]
+    labels = [manifest.label_path(volume) for volume in volumes]
+    table["label"] = [None if path is None else str(path.resolve()) for path in labels]
+    return replace(manifest, table=table)
