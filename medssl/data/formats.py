@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import tokenize
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,9 @@ import numpy.typing as npt
 import SimpleITK as sitk  # noqa: N813 - the name its users know
 
 from medssl.core.errors import DataError
+from medssl.data.nifti import BROKEN, gunzip
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-BROKEN = "copy or download the file again; its content is damaged"
 
 
 def open_npy(path: Path) -> npt.NDArray[Any]:
@@ -25,7 +28,7 @@ def open_npy(path: Path) -> npt.NDArray[Any]:
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError, OverflowError, SyntaxError) as error:
+    except (ValueError, OSError, EOFError, OverflowError, SyntaxError, tokenize.TokenError) as error:
         raise DataError("not a readable .npy array", where=str(path), found=str(error), fix=BROKEN) from error
     if not isinstance(array, np.ndarray):
         raise DataError("an archive of arrays, not one array", where=str(path), fix="save one array with numpy.save")
@@ -41,14 +44,43 @@ def open_npy(path: Path) -> npt.NDArray[Any]:
     return np.moveaxis(array, 0, -1) if array.ndim == 4 else array
 
 
+def _text_header(start: bytes, path: Path) -> tuple[dict[bytes, bytes], int]:
+    """Fields of the text header (names in lower case without spaces) and the byte after it."""
+    if path.suffix.lower() == ".nrrd":
+        match = re.search(rb"\r?\n\r?\n", start)
+        end, separator = match.end() if match else len(start), b":"
+    else:
+        match = re.search(rb"ElementDataFile[^\n]*\n", start)
+        end, separator = match.end() if match else len(start), b"="
+    fields = [line.split(separator, 1) for line in start[:end].splitlines()]
+    return {f[0].strip().lower().replace(b" ", b""): f[1].strip() for f in fields if len(f) == 2}, end
+
+
+def _verify_stream(path: Path, limit: int) -> None:
+    """Raise DataError for compressed voxels whose checksum is wrong; SimpleITK hands out such voxels without a word."""
+    raw = path.read_bytes()
+    fields, start = _text_header(raw[: 64 * 1024], path)
+    if path.suffix.lower() == ".nrrd":
+        if fields.get(b"encoding", b"").lower() in (b"gzip", b"gz"):
+            gunzip(raw[start:], limit, where=str(path))
+        return
+    if fields.get(b"compresseddata", b"").lower() != b"true":
+        return
+    stream = zlib.decompressobj()
+    try:
+        stream.decompress(raw[start:], limit)
+    except zlib.error as error:
+        raise DataError("damaged voxels", where=str(path), found=str(error), fix=BROKEN) from error
+    if not stream.eof:
+        raise DataError("the compressed voxels are truncated or too many", where=str(path), fix=BROKEN)
+
+
 def _itk_reader(path: Path) -> sitk.ImageFileReader:
     """Reader with the header read, for files that hold their own voxels."""
     with path.open("rb") as file:
-        start = file.read(64 * 1024)
-    text = start.split(b"\n\n", 1)[0] if path.suffix == ".nrrd" else start
-    fields = [line.split(b":" if path.suffix == ".nrrd" else b"=", 1) for line in text.splitlines()[:200]]
-    named = {field[0].strip().lower().replace(b" ", b""): field[1].strip() for field in fields if len(field) == 2}
-    detached = b"datafile" in named if path.suffix == ".nrrd" else named.get(b"elementdatafile") != b"LOCAL"
+        named, _ = _text_header(file.read(64 * 1024), path)
+    nrrd = path.suffix.lower() == ".nrrd"
+    detached = b"datafile" in named if nrrd else named.get(b"elementdatafile") != b"LOCAL"
     if detached:
         raise DataError(
             "the voxels are not inside this file, or it is not of the format that its name says",
@@ -56,7 +88,7 @@ def _itk_reader(path: Path) -> sitk.ImageFileReader:
             fix="convert it to .nii.gz, or save it with its voxels inside",
         )
     reader = sitk.ImageFileReader()
-    reader.SetImageIO("NrrdImageIO" if path.suffix == ".nrrd" else "MetaImageIO")
+    reader.SetImageIO("NrrdImageIO" if nrrd else "MetaImageIO")
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
@@ -101,6 +133,7 @@ def read_itk(path: Path, *, max_bytes: int) -> npt.NDArray[Any]:
         raise DataError(
             "too large to be read", where=str(path), found=f"shape {shape} of {kind}", fix="crop the volume"
         )
+    _verify_stream(path, max_bytes)
     try:
         image = _itk_reader(path).Execute()
     except RuntimeError as error:

@@ -232,7 +232,7 @@ def read_nifti_start(path: Path) -> NiftiHeader:
 
 
 def _plain_start(raw: bytes, path: Path) -> bytes:
-    if path.name.endswith(".gz"):
+    if path.name.lower().endswith(".gz"):
         if raw[:2] != GZIP_MAGIC:
             raise DataError(
                 "named .gz, but not gzip-compressed",
@@ -262,7 +262,7 @@ def read_nifti(path: Path, *, max_bytes: int) -> tuple[npt.NDArray[Any], NiftiHe
             found=f"shape {header.shape} of {header.dtype}: {header.end / 1e9:.1f} of {max_bytes / 1e9:.1f} GB",
             fix="crop or convert the volume if it is really that large",
         )
-    content = gunzip(raw, header.end + MAX_TRAILING, where=where) if path.name.endswith(".gz") else raw
+    content = gunzip(raw, header.end + MAX_TRAILING, where=where) if path.name.lower().endswith(".gz") else raw
     if len(content) < header.end:
         raise DataError(
             "the file is truncated",

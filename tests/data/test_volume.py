@@ -235,6 +235,56 @@ def test_nothing_is_unpickled_from_npy(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".mha", ".nrrd"])
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_damage_of_compressed_mha_and_nrrd_never_changes_voxels(tmp_path, suffix, damage):
+    path = tmp_path / f"a{suffix}"
+    values = np.random.default_rng(0).integers(0, 100, (20, 20, 10)).astype(np.int16)
+    sitk.WriteImage(sitk.GetImageFromArray(values), str(path), True)
+    good = path.read_bytes()
+    rng, refused = np.random.default_rng(1), 0
+    for _ in range(20):
+        broken = bytearray(good)
+        if damage == "flip":
+            broken[rng.integers(len(good) - 2000, len(good))] ^= 1 << int(rng.integers(8))
+        else:
+            broken = broken[: rng.integers(len(good) - 2000, len(good) - 1)]
+        path.write_bytes(broken)
+        try:
+            data = read_volume(path).data
+        except DataError:
+            refused += 1
+        else:
+            np.testing.assert_array_equal(data[0], values.T)
+    assert refused >= 18
+
+
+@pytest.mark.parametrize("name", ["a.nii", "b.nii", "c.npy", "d.mha", "e.nrrd"])
+def test_any_bytes_in_a_header_give_a_volume_or_a_data_error(tmp_path, name):
+    path = tmp_path / name
+    if path.suffix == ".nii":
+        image_class = nib.Nifti1Image if name == "a.nii" else nib.Nifti2Image
+        nib.save(image_class(voxels(), oblique()), path)
+    elif path.suffix == ".npy":
+        np.save(path, voxels())
+    else:
+        sitk.WriteImage(sitk.GetImageFromArray(voxels()), str(path), True)
+    good, rng = path.read_bytes(), np.random.default_rng(0)
+    outcomes = {"read": 0, "refused": 0}
+    for _ in range(80):
+        broken = bytearray(good)
+        for _ in range(rng.integers(1, 4)):
+            broken[rng.integers(0, min(len(good), 352))] = rng.integers(0, 256)
+        path.write_bytes(broken)
+        for read in (read_header, read_volume, read_label):
+            try:
+                read(path)
+                outcomes["read"] += 1
+            except DataError:
+                outcomes["refused"] += 1
+    assert min(outcomes.values()) > 0
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".nrrd"])
 def test_headers_that_point_at_other_files_are_refused(tmp_path, suffix):
     text = {
         ".mha": "NDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementDataFile = /etc/passwd\n",
