@@ -176,7 +176,9 @@ class _Loop:
                 fix="go on with --resume, or choose another name",
             )
         if resume:
-            self.skipped = restore(self, allow_changed=allow_changed)
+            found = restore(self, allow_changed=allow_changed)
+            if found is not None:
+                self.saved_step, self.skipped = found.step, found.skipped
         self.total = float("inf") if self.settings.steps is None else float(self.settings.steps)
         if self.settings.steps is not None:
             self.refreshes = frozenset(int(s) for s in self.method.refresh_steps(self.settings.steps))
@@ -209,8 +211,7 @@ class _Loop:
             if self.progress.step % self.sync_every == 0:
                 self._agree()
         self._check_losses()
-        if self.saved_step != self.progress.step:
-            self._save()
+        self._save()
         if self.progress.best is not None:
             self.method.load_state_dict(self.progress.best)
         result = TrainResult(
@@ -380,14 +381,16 @@ class _Loop:
         return found
 
     def _save(self) -> Path:
+        path = self.checkpoints.folder / f"step-{self.progress.step}"
+        if self.saved_step == self.progress.step:
+            return path
         self._check_losses()
         check_finite_state(self.method, self.progress.step)
         self.progress.seconds = self._largest([self._elapsed()])[0]
-        path = self.checkpoints.folder / f"step-{self.progress.step}"
         if self.metrics is not None:
             self.last = self.metrics.flush() or self.last
             self.metrics.sync()
-        if self.first and self.saved_step != self.progress.step:
+        if self.first:
             tensors, info = snapshot(self)
             self.checkpoints.save(self.progress.step, tensors, info)
         distributed.barrier()

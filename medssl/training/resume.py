@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from medssl.core import distributed
 from medssl.core.errors import CheckpointError
 from medssl.core.types import Method
-from medssl.training.checkpoint import Checkpoints, differences
+from medssl.training.checkpoint import Checkpoints, Loaded, differences
 from medssl.training.monitors import CollapseAlarm
 from medssl.training.state import load_module, load_optimizer, module_tensors, optimizer_state, under
 
@@ -94,11 +94,8 @@ def snapshot(training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, info
 
 
-def restore(training: Training, *, allow_changed: bool) -> list[str]:
-    """Put a training where its newest trustworthy checkpoint was; nothing happens where there is none.
-
-    Returns:
-        One line for each newer checkpoint that was skipped.
+def restore(training: Training, *, allow_changed: bool) -> Loaded | None:
+    """Put a training where its newest trustworthy checkpoint was, and return that; None where there is none.
 
     Raises:
         CheckpointError: The run changed (with the differences), or no checkpoint can be trusted.
@@ -106,7 +103,7 @@ def restore(training: Training, *, allow_changed: bool) -> list[str]:
     found = training.checkpoints.load(_agreed_step(training))
     if found is None:
         log.info("there is no checkpoint yet: training begins")
-        return []
+        return None
     info = found.info
     if info.get("format") != FORMAT:
         raise CheckpointError(f"a checkpoint of format {info.get('format')}, which this version does not read")
@@ -119,7 +116,7 @@ def restore(training: Training, *, allow_changed: bool) -> list[str]:
     progress.best = under(found.tensors, "best") or None
     progress.alarm.below, progress.alarm.alarms = info["alarm"]["below"], list(info["alarm"]["alarms"])
     log.info("going on from step %d", found.step)
-    return found.skipped
+    return found
 
 
 def _agreed_step(training: Training) -> int | None:

@@ -206,3 +206,40 @@ def test_rows_outside_the_table_and_unreadable_items_are_named():
     with pytest.raises(DataError) as caught:
         reader.read([7])
     assert "case1, slice 3" in str(caught.value)
+
+
+@pytest.mark.parametrize("geometry", ["slice", "slab", "volume"])
+def test_items_of_the_real_cache_are_the_voxels_of_the_files(tmp_path, geometry):
+    nib = pytest.importorskip("nibabel")
+    from medssl.data.cache import prepare
+    from medssl.data.manifest import read_manifest, write_manifest
+    from medssl.transforms.preprocess import PrepareConfig
+
+    images = [volume(7, seed)[0] for seed in (3, 4)]
+    for i, image in enumerate(images):
+        nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / f"{i}.nii.gz")
+        nib.save(nib.Nifti1Image((image > 0).astype(np.uint8), np.eye(4)), tmp_path / f"{i}_label.nii.gz")
+    table = pd.DataFrame(
+        {
+            "subject": ["a", "b"],
+            "image": ["0.nii.gz", "1.nii.gz"],
+            "label": ["0_label.nii.gz", "1_label.nii.gz"],
+            "age": [30.0, 40.0],
+        }
+    )
+    write_manifest(table, ManifestMeta(label_names={1: "bright"}), tmp_path / "manifest.csv")
+    manifest = read_manifest(tmp_path / "manifest.csv")
+    store = prepare(manifest, PrepareConfig(intensity="none", spacing=None, size=None), tmp_path / "cache")
+    config = ItemsConfig(geometry=geometry, depth=3 if geometry == "slab" else None)
+    items = build_items(manifest, store, config)
+    reader = ItemReader(store, items, config)
+    read, maps = reader.read(items.row)
+    assert items.labels["age"].tolist() == [30.0 if v == 0 else 40.0 for v in items.volume]
+    for i, (index, position) in enumerate(zip(items.volume, items.position)):
+        expected = images[index]
+        if geometry == "slice":
+            expected = expected[..., position]
+        elif geometry == "slab":
+            expected = expected[..., np.clip(np.arange(position - 1, position + 2), 0, 6)]
+        np.testing.assert_array_equal(read[i, 0].numpy(), expected)
+        np.testing.assert_array_equal(maps[i].numpy(), expected > 0)
