@@ -1,0 +1,1 @@
+"""Manifests, cohorts, volumes, the cache of prepared volumes, items, splits and checks."""

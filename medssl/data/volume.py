@@ -268,6 +268,19 @@ def read_volume(
     return Volume(data, affine, ";".join(str(file) for file in files), tuple(dict.fromkeys(warnings)))
 
 
+def _check_channels(files: Sequence[Path], frame: int | None, channels: int) -> None:
+    if len(files) != 1 or frame is not None:
+        raise DataError("channels along the fourth axis need one file and no frame", where=str(files[0]))
+    found = read_header(files[0]).n_frames
+    if found != channels:
+        raise DataError(
+            f"the manifest names {channels} modalities for one file",
+            where=str(files[0]),
+            found=f"{found} along its fourth axis",
+            fix="correct the column `modality`, or give `frame` to take one entry of the axis",
+        )
+
+
 def read_label(
     path: Path | str, *, frame: int | None = None, max_bytes: int = MAX_BYTES
 ) -> tuple[npt.NDArray[np.int16], Affine]:

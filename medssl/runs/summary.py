@@ -159,8 +159,8 @@ def _notes(config: FinetuneConfig, cohort: Cohort) -> list[str]:
     table = cohort.chosen.table
     evaluated = table[table["split"] == config.evaluate_on]
     notes = [
-        f"Every cell is given n training volumes and {grid.n_validation} labelled validation volumes, on which its best "
-        f"step is chosen: n + {grid.n_validation} labels in all.",
+        f"Every cell is given n training and {grid.n_validation} labelled validation volumes, on which its best step "
+        f"is chosen: n + {grid.n_validation} labels in all.",
         f"Scored on {int(evaluated['label'].notna().sum())} volumes of {evaluated['group'].nunique()} groups "
         f"(split `{config.evaluate_on}`), in the geometry of their files.",
         "Intervals resample draws and groups; cases of one group are averaged first.",

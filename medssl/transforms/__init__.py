@@ -1,0 +1,1 @@
+"""Preparation before the cache, random augmentation on the device, and the views made of it."""
