@@ -1,3 +1,4 @@
+import gzip
 import json
 import multiprocessing
 import os
@@ -29,13 +30,14 @@ class Table:
 
     table: pd.DataFrame
     folder: Path
-    channels: tuple[str, ...] = ("image",)
+    names: tuple[str, ...] = ("image",)
+    fourth_axis: int | None = None
 
     def channels(self, volume):
-        return None
+        return self.fourth_axis
 
     def image_paths(self, volume):
-        return [self.folder / f"{volume}_{name}.nii.gz" for name in self.channels]
+        return [self.folder / f"{volume}_{name}.nii.gz" for name in self.names]
 
     def label_path(self, volume):
         path = self.folder / f"{volume}_label.nii.gz"
@@ -160,6 +162,26 @@ def test_frames_of_one_file_are_separate_entries(tmp_path):
     store = prepare(table, PrepareConfig(intensity="none"), tmp_path / "cache")
     for volume in (0, 1):
         np.testing.assert_array_equal(store.image(volume)[0], frames[..., volume])
+
+
+def test_channels_along_the_fourth_axis_of_one_file_are_read_together(tmp_path):
+    table = make_table(tmp_path / "data", n=2, labels=False)
+    both = np.random.default_rng(0).normal(size=(9, 11, 7, 2)).astype(np.float32)
+    for volume in (0, 1):
+        nib.save(nib.Nifti1Image(both + volume, np.eye(4)), tmp_path / f"data/{volume}_image.nii.gz")
+    table.fourth_axis = 2
+    store = prepare(table, PrepareConfig(intensity="none"), tmp_path / "cache")
+    assert store.channels == 2
+    np.testing.assert_array_equal(store.image(1), np.moveaxis(both + 1, -1, 0))
+
+
+def test_the_same_image_in_other_files_is_recognised_by_its_voxels(tmp_path):
+    table = make_table(tmp_path / "data", n=3, labels=False)
+    copied = nib.load(tmp_path / "data/0_image.nii.gz")
+    (tmp_path / "data/1_image.nii.gz").write_bytes(gzip.compress(copied.to_bytes(), 1))
+    store = prepare(table, CONFIG, tmp_path / "cache")
+    assert len(entries(tmp_path / "cache")) == 3
+    assert store.voxels(0) == store.voxels(1) != store.voxels(2)
 
 
 def test_two_jobs_give_the_same_bytes_as_one(tmp_path):
