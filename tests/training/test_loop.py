@@ -156,10 +156,10 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     def spoil(name, values):
         if name == "checkpoint" and values["step"] == 4:
             with torch.no_grad():
-                method.teacher.bias[0] = float("inf")
+                method.refreshed[0] = float("inf")  # a buffer that the loss does not look at
 
     method = ToyMethod()
-    with pytest.raises(TrainingError):
+    with pytest.raises(TrainingError, match="not saved"):
         toy_train(tmp_path, method=method, checkpoint_every=2, on_event=spoil)
     assert (tmp_path / "checkpoints/last").read_text() == "step-4\n"
 
@@ -171,6 +171,13 @@ def test_collapse_is_named_once_and_recorded(tmp_path, caplog):
     assert "< 0.05" in result.collapse[0]
     assert "embedding collapsed" in caplog.text
     assert [row["step"] for row in logged(tmp_path) if row["collapse_alarm"] == "1.0"] == ["6"]
+    settings = {"monitor_every": 2, "collapse_checks": 3}
+    with pytest.raises(_StopHere):
+        toy_train(
+            tmp_path / "cut", method=ToyMethod(collapsed=True), checkpoint_every=4, on_event=_stop_at(4), **settings
+        )
+    _, resumed = toy_train(tmp_path / "cut", method=ToyMethod(collapsed=True), resume=True, **settings)
+    assert resumed.collapse == result.collapse
     _, healthy = toy_train(tmp_path / "healthy", monitor_every=2)
     assert healthy.collapse == []
 
