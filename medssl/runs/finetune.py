@@ -191,6 +191,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, allow_changed: boo
         results = run_grid(cells, runner, folder / "cells", keys=keys, jobs=config.grid.jobs)
         done = finish(config, cohort, folder, results, leaks)
         info["verdict"] = done.verdict
+    done.report = build_report(folder)  # after the status says done
     return done
 
 
@@ -273,14 +274,22 @@ def plan_draws(config: FinetuneConfig, cohort: Cohort) -> dict[tuple[int, int], 
     """Which labelled volumes train and validate, per (n_labelled, draw)."""
     grid = config.grid
     pool = in_splits(cohort.chosen, config.data.splits)
-    draws = label_draws(
-        pool,
-        n_labelled=grid.n_labelled,
-        draws=grid.draws,
-        n_validation=grid.n_validation,
-        seed=config.seed,
-        published=grid.published_draws,
-    )
+    sizes = sorted(set(grid.n_labelled))
+    # Random draws are nested over all sizes, so they are made together; published ones may differ in number.
+    together = [[size] for size in sizes] if grid.published_draws else [sizes]
+    draws = [
+        one
+        for group in together
+        for one in label_draws(
+            pool,
+            n_labelled=group,
+            draws=max(grid.n_draws(size) for size in group),
+            n_validation=grid.n_validation,
+            seed=config.seed,
+            published=grid.published_draws,
+        )
+        if one.draw <= grid.n_draws(one.n_labelled)
+    ]
     planned = {(one.n_labelled, one.draw): one for one in draws}
     if grid.upper_bound:
         everything = upper_bound_draw(pool, draws)
@@ -305,8 +314,9 @@ def plan_cells(config: FinetuneConfig, draws: dict[tuple[int, int], LabelDraw]) 
     cells = [
         Cell(arm.name, n, draw, seed)
         for seed in grid.seeds
-        for draw in range(1, grid.draws + 1)
+        for draw in sorted({draw for _, draw in draws if draw > 0})
         for n in sorted(set(grid.n_labelled))
+        if (n, draw) in draws
         for arm in grid.arms
     ]
     cells += [Cell(UPPER_BOUND, n, draw, grid.seeds[0]) for n, draw in draws if draw == 0]
@@ -316,7 +326,7 @@ def plan_cells(config: FinetuneConfig, draws: dict[tuple[int, int], LabelDraw]) 
 def finish(
     config: FinetuneConfig, cohort: Cohort, folder: Path, results: dict[Cell, Result], leaks: list[str]
 ) -> Finetuned:
-    """Tables, summary, overlays and report from the finished cells."""
+    """Tables, summary and overlays from the finished cells."""
     tables = []
     for cell in results:
         rows = pd.read_csv(
@@ -331,7 +341,6 @@ def finish(
     done = summarise_grid(config, cohort, folder, per_case, results, leaks)
     write_json(folder / "eval" / "summary.json", done.summary)
     save_overlays(config, cohort, per_case, folder)
-    done.report = build_report(folder)
     return done
 
 

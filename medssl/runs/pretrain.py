@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed: boo
             return Pretrained(folder, folder / "weights", {}, None)
         done = finish(config, cohort, method, trained, folder, begun_from, leaks)
         info["collapse"] = trained.collapse
-    return done
+    return replace(done, report=build_report(folder))  # after the status says done
 
 
 def check_leaks(config: PretrainConfig, manifest: Manifest) -> list[str]:
@@ -168,7 +168,7 @@ def finish(
     begun_from: str | None,
     leaks: list[str],
 ) -> Pretrained:
-    """Export weights, write the summary and the report."""
+    """Export weights and write the summary."""
     decoder = method.decoder if "decoder" in config.needs.trains else None
     fingerprints = {cohort.store.voxels(volume)[:FINGERPRINT_DIGITS] for volume in cohort.store.volumes}
     if config.weights is not None:
@@ -205,4 +205,4 @@ def finish(
         "last": {name: float(value) for name, value in trained.last.items()},
     }
     write_json(folder / "eval" / "pretrain.json", summary)
-    return Pretrained(folder, weights, summary, build_report(folder))
+    return Pretrained(folder, weights, summary, None)

@@ -85,7 +85,8 @@ def _table(arms: pd.DataFrame, results: dict[Cell, Result], config: FinetuneConf
     for arm in (one.name for one in config.grid.arms):
         for n in sorted(set(config.grid.n_labelled)):
             part = arms[(arms["arm"] == arm) & (arms["n_labelled"] == n)]
-            by_draw = part.groupby("draw")["dice"].mean()
+            # People count alike, however many volumes they have; as in the mean.
+            by_draw = part.groupby(["draw", "seed", "group"])["dice"].mean().groupby(level="draw").mean()
             cells = [result for cell, result in results.items() if cell.arm == arm and cell.n_labelled == n]
             rows.append(
                 {

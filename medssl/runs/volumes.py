@@ -13,6 +13,7 @@ from medssl.config import DataConfig
 from medssl.core.errors import ConfigError, DataError, nearest
 from medssl.data.cache import VolumeStore, prepare
 from medssl.data.manifest import Manifest, read_manifest
+from medssl.data.splits import with_published_splits
 from medssl.runs.progress import progress_bar
 from medssl.transforms.preprocess import PrepareConfig
 
@@ -82,6 +83,8 @@ def load_manifest(config: DataConfig) -> tuple[Manifest, tuple[str, ...]]:
         ConfigError: ``exclude`` names nothing that is there.
     """
     manifest = read_manifest(config.manifest, mapping=config.map)
+    if config.published_splits is not None:
+        manifest = with_published_splits(manifest, config.published_splits)
     table = manifest.table
     known = set(table["subject"]) | set(table["case"])
     for name in config.exclude:
