@@ -21,8 +21,8 @@ from medssl.methods import TASKS
 from medssl.models import build_decoder, build_encoder, load_weights, read_model
 from medssl.reporting import build_report
 from medssl.reporting.tables import write_csv
-from medssl.runs.folder import open_run, tracked
-from medssl.runs.grid import Cell, Result, fingerprint, run_grid
+from medssl.runs.folder import open_run, record_run, run_folder, tracked
+from medssl.runs.grid import Cell, Result, check_keys, fingerprint, run_grid
 from medssl.runs.predict import save_network
 from medssl.runs.scoring import mean_dice, save_overlays, score_volumes
 from medssl.runs.summary import UPPER_BOUND, Finetuned, summarise_grid
@@ -85,7 +85,7 @@ class CellRunner:
             schedule=config.schedule,
             seed=cell.seed,
             run_dir=folder,
-            resume=True,
+            resume=(folder / "checkpoints").is_dir(),
             allow_changed=self.allow_changed,
             validate=validate if validation else None,
             fingerprint={"cell": self.key(cell)},
@@ -177,17 +177,15 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, allow_changed: boo
     leaks = check_leaks(config, cohort)
     draws = plan_draws(config, cohort)
     cells = plan_cells(config, draws)
+    runner = CellRunner(config, cohort, draws, run_folder(config.runs, config.name), allow_changed)
+    keys = {cell: runner.key(cell) for cell in cells}
+    text = dump_config(config)
     folder = open_run(
-        config.runs,
-        config.name,
-        kind="finetune",
-        config_text=dump_config(config),
-        manifest=cohort.chosen,
-        resume=resume,
+        config.runs, config.name, kind="finetune", config_text=text, manifest=cohort.chosen, resume=resume
     )
+    check_keys(folder / "cells", keys, allow_changed=allow_changed)
     with tracked(folder, "finetune") as info:
-        runner = CellRunner(config, cohort, draws, folder, allow_changed)
-        keys = {cell: runner.key(cell) for cell in cells}
+        record_run(folder, config_text=text, manifest=cohort.chosen)
         results = run_grid(cells, runner, folder / "cells", keys=keys, jobs=config.grid.jobs)
         done = finish(config, cohort, folder, results, leaks)
         info["verdict"] = done.verdict

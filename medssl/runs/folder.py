@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import medssl
-from medssl.core.errors import ConfigError, Interrupted
+from medssl.core.errors import CheckpointError, ConfigError, DataError, Interrupted
 from medssl.core.files import atomic_write, write_json
 from medssl.data.manifest import Manifest, write_manifest
 
@@ -29,7 +29,7 @@ _PACKAGES = ("torch", "monai", "lightning-fabric", "nibabel", "SimpleITK", "nump
 
 
 def open_run(root: Path, name: str, *, kind: str, config_text: str, manifest: Manifest, resume: bool) -> Path:
-    """Create the folder of a run, or take up an existing one.
+    """Create the folder of a run, or take up an existing one, of which nothing is changed yet.
 
     Args:
         root: Folder of all runs.
@@ -53,6 +53,13 @@ def open_run(root: Path, name: str, *, kind: str, config_text: str, manifest: Ma
             )
         if status.get("kind", kind) != kind:
             raise ConfigError(f"this folder holds a {status['kind']} run", where=str(folder), fix="choose another name")
+    if not (folder / "config.yaml").is_file():
+        record_run(folder, config_text=config_text, manifest=manifest)
+    return folder
+
+
+def record_run(folder: Path, *, config_text: str, manifest: Manifest) -> None:
+    """Write what a run is made of; of a resumed one only once it is known that it really goes on."""
     atomic_write(folder / "config.yaml", config_text)
     write_json(folder / "environment.json", environment())
     table = manifest.table.drop(columns=[c for c in ("volume", "case") if c in manifest.table], errors="ignore").copy()
@@ -60,7 +67,6 @@ def open_run(root: Path, name: str, *, kind: str, config_text: str, manifest: Ma
     labels = [manifest.label_path(v) for v in manifest.table["volume"]]
     table["label"] = [None if path is None else str(path) for path in labels]
     write_manifest(table, manifest.meta, folder / "manifest.csv")
-    return folder
 
 
 def run_folder(root: Path, name: str) -> Path:
@@ -88,6 +94,8 @@ def read_status(folder: Path) -> dict[str, Any]:
 def tracked(folder: Path, kind: str) -> Iterator[dict[str, Any]]:
     """Keep ``status.json`` true while a run goes on: running, then done, interrupted or failed (with the cause).
 
+    A resumption that is refused leaves the status as it was.
+
     Yields:
         A dictionary; what is put into it is written with the final state.
     """
@@ -108,6 +116,12 @@ def tracked(folder: Path, kind: str) -> Iterator[dict[str, Any]]:
         yield info
     except (Interrupted, KeyboardInterrupt):
         finish("interrupted")
+        raise
+    except (ConfigError, DataError, CheckpointError) as error:
+        if before:
+            write_json(folder / "status.json", before)
+        else:
+            _finish_failed(finish, error)
         raise
     except BaseException as error:
         _finish_failed(finish, error)

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from medssl.core.errors import ConfigError, Interrupted
-from medssl.core.files import write_json
+from medssl.core.files import atomic_write, write_json
 
 log = logging.getLogger(__name__)
 
 Result = dict[str, Any]
+_BEGUN = "begun.txt"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,29 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def check_keys(folder: Path, keys: Mapping[Cell, str], *, allow_changed: bool = False) -> None:
+    """Refuse to go on with a grid of which some cells were computed or begun with other settings.
+
+    Args:
+        folder: Parent of the cells' folders.
+        keys: Per cell the fingerprint of its settings.
+        allow_changed: Let cells pass that were begun, but not finished.
+
+    Raises:
+        ConfigError: Before anything is touched.
+    """
+    for cell, key in keys.items():
+        begun = folder / cell.name / _BEGUN
+        if finished(folder / cell.name, key) is not None or allow_changed or not begun.is_file():
+            continue
+        if begun.read_text(encoding="utf-8").strip() != key:
+            raise ConfigError(
+                "a cell of this grid was begun with other settings or data",
+                where=str(folder / cell.name),
+                fix="restore them, choose another run name, or accept the change with --allow-changed",
+            )
+
+
 def finished(folder: Path, key: str) -> Result | None:
     """The result of a cell, if it was finished with the same settings.
 
@@ -53,18 +77,18 @@ def finished(folder: Path, key: str) -> Result | None:
     if not path.is_file():
         return None
     try:
-        stored = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored_key, result = stored["key"], stored["result"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("%s cannot be read (%s); the cell is computed again", path, error)
         return None
-    if stored.get("key") != key:
+    if stored_key != key:
         raise ConfigError(
             "a finished cell of this grid was computed with other settings or data",
             where=str(folder),
             fix="choose another run name, or delete the cell's folder to compute it again",
         )
-    result: Result = stored["result"]
-    return result
+    return dict(result)
 
 
 def run_grid(
@@ -107,7 +131,7 @@ def run_grid(
 
 
 def _compute(run_cell: Callable[[Cell, Path], Result], cell: Cell, folder: Path, key: str) -> Result:
-    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / _BEGUN, key + "\n")
     result = run_cell(cell, folder)
     write_json(folder / "result.json", {"key": key, "cell": asdict(cell), "result": result})
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from medssl.data.splits import refuse_leak
 from medssl.methods import METHODS
 from medssl.models import build_decoder, build_encoder, load_weights, read_model, save_weights
 from medssl.reporting import build_report
-from medssl.runs.folder import open_run, run_folder, tracked
+from medssl.runs.folder import open_run, record_run, run_folder, tracked
 from medssl.runs.volumes import FINGERPRINT_DIGITS, Cohort, in_splits, load_manifest, open_cohort
 from medssl.samplers import SAMPLERS
 from medssl.training import BatchSource, TrainResult, build_fabric, train
@@ -73,9 +74,14 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed: boo
     # Processes that Fabric starts later run this function too; the first one has made everything by then.
     leader = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0")))) == 0
     folder = run_folder(config.runs, config.name)
+    chosen, text = in_splits(manifest, config.data.splits), dump_config(config)
+
+    def on_event(name: str, values: Mapping[str, Any]) -> None:
+        del values
+        if name == "started" and resume:
+            record_run(folder, config_text=text, manifest=chosen)
+
     if leader:
-        chosen = in_splits(manifest, config.data.splits)
-        text = dump_config(config)
         open_run(config.runs, config.name, kind="pretrain", config_text=text, manifest=chosen, resume=resume)
     with tracked(folder, "pretrain") if leader else contextlib.nullcontext({}) as info:
         cohort = open_cohort(config.data, slice_axis=config.items.slice_axis)
@@ -103,6 +109,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed: boo
                 "config": config.model_dump(mode="json", exclude={"name", "runs", "status"}),
                 "manifest": cohort.chosen.hash(),
             },
+            on_event=on_event,
         )
         if distributed.rank() != 0:
             return Pretrained(folder, folder / "weights", {}, None)

@@ -168,6 +168,8 @@ def _notes(config: FinetuneConfig, cohort: Cohort) -> list[str]:
     ]
     if config.evaluate_on != "test":
         notes.append("These are not test results: settings may have been chosen on these volumes.")
+    if config.status:
+        notes.append(f"Status: {config.status}")
     for arm in grid.arms:
         if arm.steps is not None:
             notes.append(f"Arm `{arm.name}` is trained for {arm.steps} steps instead of {config.training.steps}.")
