@@ -33,6 +33,9 @@ class DataConfig(StrictModel):
     """Columns of other names: {group: person} reads the column `person` as `group`."""
     splits: tuple[str, ...] | None = ("train",)
     """Rows used for training: those whose `split` is one of these. Without any split in the manifest, or null: all."""
+    published_splits: Path | None = None
+    """CSV of published lists (data_manifests/splits/). Splits are then `test`, `unlabelled` (listed for pretraining)
+    and `train` (listed otherwise) instead of the manifest's own; volumes in no list have none."""
     exclude: tuple[str, ...] = ()
     """Subjects or cases to leave out; the report says so."""
     cache: Path = Path(".medssl-cache")
@@ -158,7 +161,8 @@ class GridConfig(StrictModel):
 
     arms: tuple[ArmConfig, ...] = (ArmConfig(name="scratch"),)
     n_labelled: tuple[PositiveInt, ...] = (1, 2, 8)
-    draws: PositiveInt = 5
+    draws: PositiveInt | dict[PositiveInt, PositiveInt] = 5
+    """How often each number of labelled volumes is drawn; {1: 5, 8: 3} where they differ, as in published lists."""
     seeds: tuple[NonNegativeInt, ...] = (0,)
     n_validation: NonNegativeInt = 2
     """Labelled volumes on which the best step is chosen; they count as labels in what is written."""
@@ -168,6 +172,16 @@ class GridConfig(StrictModel):
     """Also train from scratch on every training label."""
     jobs: PositiveInt = 1
     """Cells that run at the same time, each in a process of its own."""
+
+    def n_draws(self, n_labelled: int) -> int:
+        """Draws of one number of labelled volumes."""
+        return self.draws if isinstance(self.draws, int) else self.draws[n_labelled]
+
+    @model_validator(mode="after")
+    def _draws_of_each(self) -> GridConfig:
+        if not isinstance(self.draws, int) and set(self.draws) != set(self.n_labelled):
+            raise ValueError(f"draws: give one number, or one for each of n_labelled {sorted(set(self.n_labelled))}")
+        return self
 
     @field_validator("arms")
     @classmethod

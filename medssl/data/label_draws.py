@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import numpy as np
+import pandas as pd
 
 from medssl.core.errors import ConfigError, DataError, nearest
 from medssl.core.seeding import SPLIT, numpy_rng
@@ -102,6 +103,31 @@ def published_sets(manifest: Manifest, path: Path | str) -> dict[str, list[int]]
         for row in _read_published(Path(path))
         if row.role in ("test", "unlabelled", "upper_bound")
     }
+
+
+def with_published_splits(manifest: Manifest, path: Path | str) -> Manifest:
+    """The same volumes with ``split`` as published: test, unlabelled (for pretraining), train (listed otherwise).
+
+    A subject that is listed as labelled and as unlabelled is `unlabelled`. Volumes in no list have no split.
+
+    Args:
+        manifest: The whole cohort, subjects named or numbered as in the list.
+        path: CSV with the columns role, n_labelled, draw and subjects.
+
+    Raises:
+        DataError: The list cannot be read, names subjects that are not in the manifest, or tests on training subjects.
+    """
+    match = _matcher(manifest, Path(path))
+    volumes: dict[str, set[int]] = {"train": set(), "unlabelled": set(), "test": set()}
+    for row in _read_published(Path(path)):
+        volumes[row.role if row.role in volumes else "train"].update(match(row.subjects, labelled_only=False))
+    both = volumes["test"] & (volumes["train"] | volumes["unlabelled"])
+    if both:
+        subjects = sorted({str(manifest.row(volume)["subject"]) for volume in both})
+        raise DataError("published test subjects are listed for training too", where=str(path), found=listed(subjects))
+    split = {volume: name for name in ("train", "unlabelled", "test") for volume in volumes[name]}
+    names = pd.Series([split.get(int(v)) for v in manifest.table["volume"]], index=manifest.table.index, dtype=object)
+    return replace(manifest, table=manifest.table.assign(split=names))
 
 
 @dataclass(frozen=True)

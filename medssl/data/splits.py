@@ -13,7 +13,7 @@ import pandas as pd
 
 from medssl.core.errors import ConfigError, DataError, nearest
 from medssl.core.seeding import SPLIT, numpy_rng, permutation
-from medssl.data.label_draws import LabelDraw, label_draws, listed, published_sets
+from medssl.data.label_draws import LabelDraw, label_draws, listed, published_sets, with_published_splits
 from medssl.data.leaks import Leak, refuse_leak
 from medssl.data.manifest import Manifest
 
@@ -26,6 +26,7 @@ __all__ = [
     "published_sets",
     "refuse_leak",
     "split_table",
+    "with_published_splits",
 ]
 
 AGE_BINS: Final = 5
