@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from medssl.cli.main import app
 from medssl.config import load_any
+from medssl.core.errors import DataError
 from medssl.data.cohorts.facts import read_facts
 from medssl.data.items import ItemReader, build_items
 from medssl.data.manifest import Manifest, ManifestMeta
@@ -137,28 +138,31 @@ def test_first_loss_of_every_recipe_is_finite(here, recipe):
         sampler = FewLabelSampler(table, seed=0, batch_size=config.batch_size)
     source = BatchSource(sampler, reader, config.views, seed=config.seed, workers=0)
     source.place("cpu", 0, 1)
-    loss = method.training_loss(source.batch(0)).loss
+    with torch.no_grad():  # gradients of every method are looked at in tests/methods; the published network is large
+        loss = method.training_loss(source.batch(0)).loss
     assert torch.isfinite(loss)
     assert loss.item() > 0.05  # something is left to learn
-    loss.backward()
-    assert all(torch.isfinite(w.grad).all() for w in method.parameters() if w.grad is not None)
 
 
-def run_chain(name, globally, locally, *tuning):
+def run_chain(name, globally, locally, *settings):
     """Global contrast, local contrast from its weights, fine-tuning from both; returns all three."""
-    first = pretrain(shortened(f"{name}/{globally}", NARROW))
-    second = pretrain(shortened(f"{name}/{locally}", NARROW, f"weights={first.folder}"))
+    first = pretrain(shortened(f"{name}/{globally}", NARROW, *settings))
+    second = pretrain(shortened(f"{name}/{locally}", NARROW, f"weights={first.folder}", *settings))
     arms = [f"grid.arms.1.weights={first.folder}", f"grid.arms.2.weights={second.folder}"]
-    return first, second, finetune(shortened(f"{name}/finetune", NARROW, *arms, *tuning))
+    bound = f"grid.upper_bound={str(name == 'acdc').lower()}"
+    return first, second, finetune(shortened(f"{name}/finetune", NARROW, *arms, bound, *settings))
 
 
 @pytest.mark.parametrize(
-    ("name", "globally", "locally", "upper_bound"),
-    [("acdc", "gcl_gd", "lcl_lr", "true"), ("prostate", "gcl_gd-minus", "lcl_ld", "false"),
-     ("mmwhs", "gcl_gr", "lcl_lr", "false")],
-)  # fmt: skip
-def test_pretraining_and_fine_tuning_run_end_to_end(here, name, globally, locally, upper_bound):
-    first, second, tuned = run_chain(name, globally, locally, f"grid.upper_bound={upper_bound}")
+    ("name", "globally", "locally"),
+    [("acdc", "gcl_gd", "lcl_lr"), ("prostate", "gcl_gd-minus", "lcl_ld"), ("mmwhs", "gcl_gr", "lcl_lr")],
+)
+def test_pretraining_and_fine_tuning_run_end_to_end(here, monkeypatch, name, globally, locally):
+    if name != "acdc":  # drawing figures takes most of the time of runs this short; one cohort shows that it works
+        monkeypatch.setattr("medssl.runs.pretrain.build_report", lambda folder: None)
+        monkeypatch.setattr("medssl.runs.finetune.build_report", lambda folder: None)
+    # N4 is the other slow part, and the same for all.
+    first, second, tuned = run_chain(name, globally, locally, f"data.prepare.n4={str(name == 'prostate').lower()}")
     # The local contrast trains three decoder blocks and leaves the encoder as it got it.
     encoders = [load_file(run.weights / "encoder.safetensors") for run in (first, second)]
     assert all(torch.equal(encoders[1][key], value) for key, value in encoders[0].items())
@@ -166,7 +170,8 @@ def test_pretraining_and_fine_tuning_run_end_to_end(here, name, globally, locall
     assert not (first.weights / "decoder.safetensors").exists()
     assert [row["arm"] for row in tuned.summary["table"]] == ["scratch", "gcl_gd", "gcl_gd+lcl_lr"]
     assert all(np.isfinite(row["mean"]) for row in tuned.summary["table"])
-    assert (tuned.summary["upper_bound"] is None) == (upper_bound == "false")
+    assert (tuned.summary["upper_bound"] is not None) == (name == "acdc")
+    assert (tuned.folder / "report.html").is_file() == (name == "acdc")
     # Pretraining saw the unlabelled people, testing the one test person; nobody is in both.
     seen, tested = (set(pd.read_csv(run.folder / "manifest.csv")["subject"]) for run in (first, tuned))
     assert len(seen) == 4
@@ -265,3 +270,10 @@ def test_published_lists_divide_the_whole_cohort(name, unlabelled, train, test, 
         assert [one.draw for one in draws] == list(range(1, {("mmwhs", 2): 4}.get((name, n), 3 if n == 8 else 5) + 1))
         assert all(len(set(one.train)) == n * (2 if name == "acdc" else 1) for one in draws)
         assert not any(set(one.train) & set(one.validation) for one in draws)
+
+
+def test_lists_that_test_on_people_they_train_on_are_refused(tmp_path):
+    (tmp_path / "list.csv").write_text(LISTS.format(*IDS["mmwhs"][:5], IDS["mmwhs"][0]))
+    with pytest.raises(DataError, match="listed for training too") as caught:
+        with_published_splits(whole_cohort("mmwhs"), tmp_path / "list.csv")
+    assert caught.value.found == IDS["mmwhs"][0]
