@@ -7,7 +7,7 @@ import json
 import logging
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,14 @@ import torch
 
 from medssl.core.errors import ConfigError, Interrupted
 from medssl.core.files import atomic_write, write_json
+from medssl.training.signals import StopFlag
 
 log = logging.getLogger(__name__)
 
 Result = dict[str, Any]
 _BEGUN = "begun.txt"
+_LOOK_S = 0.5
+"""Seconds between looks at the flag that asks to stop."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +125,22 @@ def run_grid(
             results[cell] = done
     if results:
         log.info("%d of %d cells are finished already", len(results), len(cells))
-    if jobs == 1 or len(waiting) < 2:
+    with StopFlag() as stop:
+        if jobs > 1 and len(waiting) > 1:
+            return results | _in_parallel(waiting, run_cell, folder, keys, jobs, stop)
         for number, cell in enumerate(waiting, start=1):
+            _check_stop(stop)
             log.info("cell %d of %d: %s", number, len(waiting), cell.name)
             results[cell] = _compute(run_cell, cell, folder / cell.name, keys[cell])
-        return results
-    return results | _in_parallel(waiting, run_cell, folder, keys, jobs)
+    return results
+
+
+def _check_stop(stop: StopFlag) -> None:
+    if stop.raised is not None:
+        raise Interrupted(
+            f"stopped because of {stop.raised.name}; finished cells and saved states are kept",
+            fix="go on with --resume",
+        )
 
 
 def _compute(run_cell: Callable[[Cell, Path], Result], cell: Cell, folder: Path, key: str) -> Result:
@@ -148,21 +161,28 @@ def _in_parallel(
     folder: Path,
     keys: Mapping[Cell, str],
     jobs: int,
+    stop: StopFlag,
 ) -> dict[Cell, Result]:
     results: dict[Cell, Result] = {}
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = {
             pool.submit(_compute_alone, run_cell, cell, folder / cell.name, keys[cell]): cell for cell in waiting
         }
+        pending = set(futures)
         try:
-            for future in as_completed(futures):
-                cell = futures[future]
-                results[cell] = future.result()
-                log.info("%d of %d cells done: %s", len(results), len(waiting), cell.name)
+            while pending:
+                done, pending = wait(pending, timeout=_LOOK_S, return_when=FIRST_COMPLETED)
+                _check_stop(stop)
+                for future in done:
+                    results[futures[future]] = future.result()
+                    log.info("%d of %d cells done: %s", len(results), len(waiting), futures[future].name)
         except BaseException as error:
             for future in futures:
                 future.cancel()
-            if isinstance(error, KeyboardInterrupt):
-                raise Interrupted("stopped; finished cells are kept", fix="go on with --resume") from error
+            if isinstance(error, (Interrupted, KeyboardInterrupt)):
+                # Workers that train save their state at this signal; without it they would go on without a parent.
+                for worker in set(multiprocessing.active_children()) - others:
+                    worker.terminate()
             raise
     return results

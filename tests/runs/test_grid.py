@@ -1,10 +1,13 @@
 import json
+import os
+import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from medssl.core.errors import ConfigError, TrainingError
+from medssl.core.errors import ConfigError, Interrupted, TrainingError
 from medssl.runs.grid import Cell, check_keys, run_grid
 
 CELLS = [Cell("scratch", n, draw, 0) for draw in (1, 2) for n in (1, 2)]
@@ -80,3 +83,27 @@ def test_damaged_result_is_computed_again(tmp_path, content):
     run_grid(CELLS[:1], record, tmp_path / "cells", keys=KEYS)
     assert len(computed(record.log)) == 2
     assert json.loads(path.read_text()) == json.loads(whole)
+
+
+@dataclass(frozen=True)
+class Stops:
+    """Asks its own run to stop in the middle of its first cell, as a scheduler would, and lasts for minutes after."""
+
+    log: Path
+    parent: int
+
+    def __call__(self, cell: Cell, folder: Path) -> dict[str, int]:
+        with self.log.open("a") as file:
+            file.write(cell.name + "\n")
+        os.kill(self.parent, signal.SIGTERM)
+        time.sleep(0 if self.parent == os.getpid() else 200)
+        return {"value": 0}
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_asked_to_stop_no_further_cell_is_begun(tmp_path, jobs):
+    with pytest.raises(Interrupted, match="SIGTERM") as caught:
+        run_grid(CELLS, Stops(tmp_path / "log", os.getpid()), tmp_path / "cells", keys=KEYS, jobs=jobs)
+    assert "--resume" in caught.value.fix
+    assert len(computed(tmp_path / "log")) <= jobs
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
