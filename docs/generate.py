@@ -1,0 +1,358 @@
+"""Write the generated parts of the pages in this folder: `python docs/generate.py`.
+
+A generated part lies between `<!-- generated: NAME -->` and `<!-- end of generated part -->`. Everything in it comes
+from the package: keys, defaults and limits from the configuration classes, meanings from the text under each field,
+names and sources from the tables of methods, encoders, samplers, cohorts and check codes.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path, PurePath
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from medssl.config import FinetuneConfig, PretrainConfig
+from medssl.config.models import RunConfig
+from medssl.core.types import Needs
+from medssl.data.cohorts import COHORTS
+from medssl.data.integrity import CODES
+from medssl.methods import METHODS, TASKS
+from medssl.models import ENCODERS
+from medssl.samplers import SAMPLERS
+from medssl.transforms.augment_config import AugmentConfig
+from medssl.transforms.views import PRESETS, Artefact
+
+FOLDER: Final = Path(__file__).parent
+PART: Final = re.compile(r"(<!-- generated: ([a-z-]+) -->\n).*?(<!-- end of generated part -->)", re.DOTALL)
+
+# Fields whose name says it all in the code, in the words of this page.
+PLAIN: Final = {
+    "RunConfig.name": "Name of the run and of its folder: letters, digits, `.`, `_`, `-`.",
+    "RunConfig.seed": "Determines every random choice.",
+    "RunConfig.data": "Which volumes, and how they are prepared.",
+    "RunConfig.items": "What one training item is.",
+    "RunConfig.model": "The network.",
+    "RunConfig.views": "Augmented copies of each item.",
+    "RunConfig.optimizer": "How weights are updated.",
+    "RunConfig.schedule": "How the learning rate moves.",
+    "RunConfig.training": "Budget, device, checkpoints, logs.",
+    "PretrainConfig.kind": "The kind of run.",
+    "PretrainConfig.method": "What is learnt.",
+    "PretrainConfig.sampler": "Which items form a batch.",
+    "FinetuneConfig.kind": "The kind of run.",
+    "FinetuneConfig.task": "What is learnt.",
+    "FinetuneConfig.batch_size": "Items in a global batch, equally many of every labelled volume.",
+    "FinetuneConfig.grid": "Arms, label fractions, draws and seeds.",
+    "FinetuneConfig.inference": "How whole volumes are predicted.",
+    "FinetuneConfig.save_predictions": "Label maps of the evaluated volumes as NIfTI; `none` also leaves out overlays.",
+    "DataConfig.prepare": "What is done to every volume, once.",
+    "PrepareConfig.orientation": "Axes of prepared volumes.",
+    "PrepareConfig.lower": "Percentile that becomes 0.",
+    "PrepareConfig.upper": "Percentile that becomes 1.",
+    "ModelConfig.encoder": "By name, with its settings.",
+    "ArmConfig.name": "In tables and folder names.",
+    "GridConfig.arms": "The first is the baseline of every comparison.",
+    "GridConfig.n_labelled": "Label fractions, in volumes.",
+    "GridConfig.draws": "How often each number of labelled volumes is drawn.",
+    "GridConfig.seeds": "Each cell is trained once with each seed; the upper bound with the first only.",
+    "TrainingConfig.accelerator": "Where to train; `gpu` refuses to start without one.",
+    "TrainingConfig.nodes": "Machines.",
+    "TrainingConfig.strategy": "`auto`: DDP as soon as there are several processes.",
+    "TrainingConfig.tensorboard": "Also write TensorBoard events.",
+    "Cutout.fill": "Intensity inside the box.",
+    "Artefact.name": "Which.",
+}
+COMMON: Final = {"name": "Says which.", "probability": "How often it is applied."}
+
+
+# -- configuration classes in words -----------------------------------------------------------------------------------
+
+
+def field_texts(model: type[BaseModel]) -> dict[str, str]:
+    """The string under each field of a class and its bases, as one line."""
+    texts: dict[str, str] = {}
+    for cls in reversed([c for c in model.__mro__ if issubclass(c, BaseModel) and c.__module__.startswith("medssl")]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+        for statement, after in zip(body, [*body[1:], None]):
+            if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+                continue
+            name = statement.target.id
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                texts[name] = _for_yaml(after.value.value)
+            elif f"{cls.__name__}.{name}" in PLAIN:
+                texts[name] = PLAIN[f"{cls.__name__}.{name}"]
+            elif name in COMMON:
+                texts.setdefault(name, COMMON[name])
+    return texts
+
+
+def _for_yaml(text: str) -> str:
+    return re.sub(r"\bNone\b", "null", " ".join(text.replace("``", "`").split()))
+
+
+def takes(annotation: Any, limits: Iterable[Any] = ()) -> str:
+    """The values that an annotation allows, in words."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return takes(arguments[0], [*limits, *arguments[1:]])
+    if origin in (typing.Union, types.UnionType):
+        parts = [one for one in arguments if one is not types.NoneType]
+        if all(isinstance(one, type) and issubclass(one, BaseModel) for one in parts) and len(parts) > 1:
+            return "section by `name`"
+        words = list(dict.fromkeys(takes(one, limits) for one in parts))
+        return " or ".join([*words, *(["null"] if types.NoneType in arguments else [])])
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin is tuple:
+        if arguments[-1] is Ellipsis:
+            return f"list of {takes(arguments[0])}"
+        return "[" + ", ".join(takes(one) for one in arguments) + "]"
+    if origin in (dict, Mapping):
+        return f"mapping of {takes(arguments[0])} to {takes(arguments[1])}"
+    return _plain(annotation) + _limits(limits)
+
+
+def _plain(annotation: Any) -> str:
+    if isinstance(annotation, type):
+        if issubclass(annotation, BaseModel):
+            return "section"
+        if issubclass(annotation, PurePath):
+            return "path"
+        names = {bool: "true, false", int: "whole number", float: "number", str: "text"}
+        for kind, word in names.items():
+            if annotation is kind:
+                return word
+    raise TypeError(f"no words for {annotation!r}: extend docs/generate.py")
+
+
+def _limits(limits: Iterable[Any]) -> str:
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    flat = [inner for one in limits for inner in (one, *getattr(one, "metadata", ()))]
+    found = [f"{sign} {getattr(one, key):g}" for one in flat for key, sign in signs.items() if _has(one, key)]
+    return "".join(f" {text}" if i == 0 else f" and {text}" for i, text in enumerate(dict.fromkeys(found)))
+
+
+def _has(one: Any, key: str) -> bool:
+    return isinstance(getattr(one, key, None), (int, float))
+
+
+def default_of(field: Any) -> str:
+    """A default as one would write it in YAML."""
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if value is PydanticUndefined:
+        return "required"
+    if isinstance(value, BaseModel):
+        return "its defaults"
+    return f"`{_yaml(value)}`"
+
+
+def _yaml(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, BaseModel):
+        given = value.model_dump(mode="python", exclude_defaults=True)
+        return _yaml({"name": value.name} if not given and hasattr(value, "name") else given)
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_yaml(one) for one in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_yaml(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value) or '""'
+
+
+def class_table(model: type[BaseModel], *, only: Iterable[str] | None = None) -> str:
+    """Every key of a section: what it takes, its default, what it means."""
+    texts = field_texts(model)
+    rows = []
+    for name, field in model.model_fields.items():
+        if only is not None and name not in only:
+            continue
+        if not texts.get(name):
+            raise ValueError(f"{model.__name__}.{name} has no text: write one under the field, or in docs/generate.py")
+        rows.append((f"`{name}`", takes(field.annotation, field.metadata), default_of(field), texts[name]))
+    return table(("key", "takes", "default", "meaning"), rows)
+
+
+def table(head: tuple[str, ...], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# -- the parts --------------------------------------------------------------------------------------------------------
+
+
+def both_kinds() -> str:
+    """Keys that every run has."""
+    return class_table(RunConfig)
+
+
+def sections_of_every_run() -> str:
+    """The shared sections."""
+    fields = RunConfig.model_fields
+    data = fields["data"].annotation
+    parts = [("`data`", data), ("`data.prepare`", data.model_fields["prepare"].annotation)]
+    parts += [(f"`{name}`", fields[name].annotation) for name in ("items", "model")]
+    text = [f"### {title}\n\n{class_table(model)}" for title, model in parts]
+    text += [_named("model.encoder", ENCODERS)]
+    names = ("views", "optimizer", "schedule", "training")
+    text += [f"### `{name}`\n\n{class_table(fields[name].annotation)}" for name in names]
+    return "\n\n".join(text)
+
+
+def pretrain_sections() -> str:
+    """What a pretraining adds."""
+    own = [name for name in PretrainConfig.model_fields if name not in RunConfig.model_fields]
+    return "\n\n".join([class_table(PretrainConfig, only=own), _named("method", METHODS), _named("sampler", SAMPLERS)])
+
+
+def finetune_sections() -> str:
+    """What a fine-tuning adds."""
+    fields = FinetuneConfig.model_fields
+    own = [name for name in fields if name not in RunConfig.model_fields]
+    task = TASKS["segmentation"].config
+    mixup = next(one for one in typing.get_args(task.model_fields["mixup"].annotation) if one is not types.NoneType)
+    grid = fields["grid"].annotation
+    arm = typing.get_args(grid.model_fields["arms"].annotation)[0]
+    return "\n\n".join(
+        [
+            class_table(FinetuneConfig, only=own),
+            _named("task", TASKS),
+            f"### `task.mixup`\n\n{_summary(mixup)}\n\n{class_table(mixup)}",
+            f"### `grid`\n\n{class_table(grid)}",
+            f"### `grid.arms`, each\n\n{class_table(arm)}",
+            f"### `inference`\n\n{class_table(fields['inference'].annotation)}",
+        ]
+    )
+
+
+def _named(section: str, entries: Mapping[str, Any]) -> str:
+    text = []
+    for name, entry in entries.items():
+        summary = getattr(entry, "summary", None) or _summary(entry)
+        source = f" {entry.source}." if getattr(entry, "source", "") else ""
+        text.append(f"### `{section}`, name `{name}`\n\n{_sentence(summary)}{source}\n\n{class_table(entry.config)}")
+    return "\n\n".join(text)
+
+
+def _sentence(text: str) -> str:
+    first = text.split()[0]
+    capital = first.capitalize() if first.isalpha() and first.islower() and len(first) > 1 else first
+    return capital + text[len(first) :].rstrip(".") + "."
+
+
+def _summary(cls: type) -> str:
+    return " ".join(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("``", "`").split())
+
+
+def augment() -> str:
+    """Operations of a policy, artefacts, presets."""
+    text = []
+    others = []
+    for name, field in AugmentConfig.model_fields.items():
+        inner = [
+            one for one in typing.get_args(field.annotation) if inspect.isclass(one) and issubclass(one, BaseModel)
+        ]
+        if not inner:
+            others.append(name)
+            continue
+        text.append(f"### `augment.{name}`\n\n{_summary(inner[0])}\n\n{class_table(inner[0])}")
+    text.append(f"### `augment`, other keys\n\n{class_table(AugmentConfig, only=others)}")
+    text.append(f"### `artefacts`, each\n\n{_summary(Artefact)}\n\n{class_table(Artefact)}")
+    rows = [(f"`{name}`", _policy(policy)) for name, policy in PRESETS.items()]
+    return "\n\n".join([*text, f"### Presets\n\n{table(('preset', 'policy'), rows)}"])
+
+
+def _policy(policy: AugmentConfig) -> str:
+    parts = []
+    for name in AugmentConfig.model_fields:
+        value = getattr(policy, name)
+        if value is not None:
+            parts.append(f"`{name}: {_yaml(value.model_dump() if isinstance(value, BaseModel) else value)}`")
+    return "<br>".join(parts) or "nothing"
+
+
+def cohorts() -> str:
+    """Layouts that `data scan` reads."""
+    rows = []
+    for name, cohort in COHORTS.items():
+        options = [
+            parameter.name
+            for parameter in inspect.signature(cohort.discover).parameters.values()
+            if parameter.kind is parameter.KEYWORD_ONLY
+        ]
+        rows.append(
+            (f"`{name}`", cohort.summary, cohort.looks_for, ", ".join(f"`{option}`" for option in options) or "none")
+        )
+    return table(("`--kind`", "what", "recognised by", "options"), rows)
+
+
+def codes() -> str:
+    """What a check can report."""
+    return table(("code", "meaning"), [(f"`{code}`", text) for code, text in CODES.items()])
+
+
+def methods() -> str:
+    """Methods with their needs."""
+    rows = []
+    for name, entry in METHODS.items():
+        needs = entry.config().needs()
+        rows.append((f"[`{name}`](#{name})", entry.summary, entry.source, _needs(needs), ", ".join(needs.trains)))
+    return table(("name", "what it does", "source", "needs (default settings)", "trains"), rows)
+
+
+def _needs(needs: Needs) -> str:
+    words = [f"{needs.views} views" + (", view 0 the item itself" if needs.original else "")]
+    if needs.moves == "none":
+        words.append("intensities only")
+    words.append("sampler " + (" or ".join(f"`{one}`" for one in sorted(needs.samplers)) or "any"))
+    words += ["partitions"] if needs.partitions else []
+    words += ["decoder blocks"] if needs.decoder else []
+    words.append(" and ".join(f"{dims}D" for dims in sorted(needs.spatial_dims)))
+    return "; ".join(words)
+
+
+def method_defaults(name: str) -> Callable[[], str]:
+    """The settings of one method."""
+    return lambda: class_table(METHODS[name].config)
+
+
+PARTS: Final[Mapping[str, Callable[[], str]]] = {
+    "both-kinds": both_kinds,
+    "sections": sections_of_every_run,
+    "pretrain": pretrain_sections,
+    "finetune": finetune_sections,
+    "augment": augment,
+    "cohorts": cohorts,
+    "codes": codes,
+    "methods": methods,
+    **{f"method-{name}": method_defaults(name) for name in METHODS},
+}
+
+
+def generated(text: str) -> str:
+    """The same page with its generated parts written anew."""
+    return PART.sub(lambda match: f"{match[1]}\n{PARTS[match[2]]()}\n\n{match[3]}", text)
+
+
+def main() -> None:
+    """Rewrite the pages."""
+    for page in sorted(FOLDER.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        page.write_text(generated(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
