@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,7 +46,7 @@ Devices = Annotated[int | None, typer.Option("--devices", min=1, help="Processes
 Nodes = Annotated[int | None, typer.Option("--nodes", min=1, help="Number of nodes.")]
 Precision = Annotated[str | None, typer.Option("--precision", help="auto, 32 or bf16.")]
 Strategy = Annotated[str | None, typer.Option("--strategy", help="auto or ddp.")]
-Accelerator = Annotated[str | None, typer.Option("--accelerator", help="auto, cpu or cuda.")]
+Accelerator = Annotated[str | None, typer.Option("--accelerator", help="auto, cpu or gpu.")]
 ConfigFile = Annotated[Path, typer.Argument(help="The YAML file of the run.")]
 
 
@@ -69,6 +70,8 @@ def _options(
 
 def _show(result: Any, as_json: bool) -> None:
     """Print what a run returned: its own words for people, its fields for machines."""
+    if not result.text():
+        return  # of several processes, the first one speaks
     if as_json:
         typer.echo(json.dumps(result.to_json(), indent=2, default=str))
     else:
@@ -354,6 +357,8 @@ def demo(
 def main() -> None:
     """Entry point: errors become one message with cause, place and remedy, and an exit code."""
     debug = "--debug" in sys.argv
+    # torch's C++ side warns of harmless things on every process (such as a search for unused parameters).
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         app()  # exits by itself: 0, or 2 for a command line that it cannot parse
     except MedsslError as error:

@@ -78,9 +78,13 @@ def label_draws(
             fix="ask for fewer labels or validation volumes, or add labelled volumes",
         )
     result = []
+    names = np.array(sorted(by_group), dtype=object)
+    # Draws of one volume repeat no person while there are enough: equal draws would hide the spread over draws.
+    leaders = numpy_rng(seed, SPLIT, 3).permutation(names).tolist()
     for draw in range(1, draws + 1):
         rng = numpy_rng(seed, SPLIT, 3, draw)
-        groups = rng.permutation(np.array(sorted(by_group), dtype=object)).tolist()
+        leader = leaders[(draw - 1) % len(leaders)]
+        groups = [leader, *(group for group in rng.permutation(names).tolist() if group != leader)]
         chosen = [by_group[group][int(rng.integers(len(by_group[group])))] for group in groups]
         validation = chosen[len(chosen) - n_validation :]
         result += [LabelDraw(size, draw, chosen[:size], validation) for size in sizes]

@@ -210,17 +210,31 @@ def _open(config: FinetuneConfig) -> Cohort:
     return cohort
 
 
-def check_leaks(config: FinetuneConfig, cohort: Cohort) -> list[str]:
+@dataclass(frozen=True)
+class LeakCheck:
+    """What the guard against leaks let pass or could not see.
+
+    Attributes:
+        n_groups: Evaluated groups that were pretrained on (allowed by ``transductive`` only).
+        notes: One line each; also what could not be checked.
+    """
+
+    n_groups: int
+    notes: tuple[str, ...]
+
+
+def check_leaks(config: FinetuneConfig, cohort: Cohort) -> LeakCheck:
     """Refuse a person or image that is trained on and tested on; pretraining counts as training.
 
-    Returns:
-        What was let pass because the configuration says ``transductive``, and what could not be checked.
+    Raises:
+        DataError: A leak, unless it is one of pretraining and the configuration says ``transductive``.
     """
     evaluated = in_splits(cohort.chosen, (config.evaluate_on,))
     trained = in_splits(cohort.chosen, config.data.splits)
     hashes = image_hashes(cohort)
     refuse_leak({"training": trained, config.evaluate_on: evaluated}, hashes=hashes)
     notes: list[str] = []
+    groups: set[str] = set()
     for arm in config.grid.arms:
         if arm.weights is None:
             continue
@@ -233,8 +247,9 @@ def check_leaks(config: FinetuneConfig, cohort: Cohort) -> list[str]:
             {f"the pretraining of `{arm.name}`": pretrained, config.evaluate_on: with_absolute_paths(evaluated)},
             transductive=config.data.transductive,
         )
+        groups |= {leak.what for leak in found if leak.kind == "group"}
         notes += [str(leak) for leak in found]
-    return notes
+    return LeakCheck(len(groups), tuple(notes))
 
 
 def shared_images(arm: ArmConfig, cohort: Cohort, evaluated: Manifest, *, transductive: bool) -> list[str]:
@@ -322,7 +337,7 @@ def plan_cells(config: FinetuneConfig, draws: dict[tuple[int, int], LabelDraw]) 
 
 
 def finish(
-    config: FinetuneConfig, cohort: Cohort, folder: Path, results: dict[Cell, Result], leaks: list[str]
+    config: FinetuneConfig, cohort: Cohort, folder: Path, results: dict[Cell, Result], leaks: LeakCheck
 ) -> Finetuned:
     """Tables, summary and overlays from the finished cells."""
     tables = []
@@ -336,7 +351,8 @@ def finish(
     per_case = per_case[[*first, *[name for name in per_case if name not in first]]]
     write_csv(per_case, folder / "eval" / "per_case.csv")
     write_csv(cell_table(results), folder / "eval" / "cells.csv")
-    done = summarise_grid(config, cohort, folder, per_case, results, leaks)
+    leak_check = {"groups_shared_between_splits": leaks.n_groups, "notes": list(leaks.notes)}
+    done = summarise_grid(config, cohort, folder, per_case, results, leak_check)
     write_json(folder / "eval" / "summary.json", done.summary)
     save_overlays(config, cohort, per_case, folder)
     return done

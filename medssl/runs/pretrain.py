@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pretrained:
-    """What a pretraining left behind."""
+    """What a pretraining left behind; ``summary`` is empty on every process but the first, which speaks for all."""
 
     folder: Path
     weights: Path
@@ -42,6 +42,8 @@ class Pretrained:
     def text(self) -> str:
         """For people."""
         summary = self.summary
+        if not summary:
+            return ""
         lines = [
             f"{summary['method']}: {summary['steps']} steps in {summary['seconds']:.0f} s, "
             f"{100 * summary['data_wait_share']:.1f} % of it waiting for data",

@@ -46,7 +46,7 @@ def summarise_grid(
     folder: Path,
     per_case: pd.DataFrame,
     results: dict[Cell, Result],
-    leaks: list[str],
+    leak_check: dict[str, Any],
 ) -> Finetuned:
     """Mean, spread and paired intervals of every arm and label fraction, and what they amount to in words."""
     arms = per_case[per_case["arm"] != UPPER_BOUND]
@@ -72,7 +72,7 @@ def summarise_grid(
             "excluded_cases": list(cohort.left_out),
         },
         "transductive": config.data.transductive,
-        "leak_check": {"groups_shared_between_splits": 0, "notes": leaks},
+        "leak_check": leak_check,
         "notes": _notes(config, cohort),
         "verdict": verdict,
     }

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from medssl.core.schema import StrictModel
 
@@ -70,6 +78,11 @@ class TrainingConfig(StrictModel):
     """Alarm when the spread of unit embeddings (1 when evenly spread, 0 when all are equal) is below; 0: never."""
     collapse_checks: PositiveInt = 3
     """Looks in a row below the threshold before the alarm."""
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _number_as_name(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) else value  # YAML reads 32 as a number
 
     @model_validator(mode="after")
     def _one_budget(self) -> TrainingConfig:
