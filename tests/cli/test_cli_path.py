@@ -141,7 +141,7 @@ def test_sigterm_exits_75_and_resuming_gives_the_weights_of_an_undisturbed_run(r
 
 def wait_for_rows(path: Path, rows: int, process: subprocess.Popen) -> None:
     """Until a run has logged a few steps; fails when it ends before."""
-    for _ in range(1200):
+    for _ in range(2000):
         if path.is_file() and len(path.read_text().splitlines()) > rows:
             return
         assert process.poll() is None, "the run ended before it could be stopped"
