@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/medssl demo
 
 test: $(READY)
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check medssl tests benchmarks
