@@ -32,8 +32,11 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         ctx.rows = len(tensor)
+        # Both sides contiguous: NCCL copies memory as it lies, so that parts with the strides of a transposed tensor
+        # would come back with their values in another order.
+        tensor = tensor.contiguous()
         parts = [torch.empty_like(tensor) for _ in range(world_size())]
-        dist.all_gather(parts, tensor.contiguous())
+        dist.all_gather(parts, tensor)
         return torch.cat(parts)
 
     @staticmethod
