@@ -280,10 +280,13 @@ def predict(
     accelerator: Accelerator = None,
     as_json: Json = False,
 ) -> None:
-    """Segment new volumes; label maps come back in the geometry of their input."""
+    """Segment new volumes; label maps come back in the geometry of their input. Exit code 3 when a volume failed."""
     from medssl.runs.predict import predict as run
 
-    _show(run(weights, inputs, out, accelerator=accelerator or "auto"), as_json)
+    result = run(weights, inputs, out, accelerator=accelerator or "auto")
+    _show(result, as_json)
+    if result.failed:
+        raise typer.Exit(3)
 
 
 @evaluate.command("seg")

@@ -135,6 +135,8 @@ def check_manifest(
 
 def _tasks(manifest: Manifest, deep: bool) -> list[Task]:
     known = frozenset(manifest.meta.label_names)
+    if known:
+        known |= frozenset(manifest.label_aliases)
     frames = manifest.table["frame"]
     return [
         Task(

@@ -155,6 +155,31 @@ class Manifest:
             return None
         return int(modality.count(";")) + 1
 
+    @cached_property
+    def label_aliases(self) -> dict[int, int]:
+        """Stray values of the label files and the value that each stands for, from a column ``label_alias``.
+
+        ``421=420`` says so, several are separated by semicolons.
+
+        Raises:
+            DataError: A cell that does not say so.
+        """
+        aliases: dict[int, int] = {}
+        if "label_alias" not in self.table:
+            return aliases
+        for text in self.table["label_alias"].dropna().unique():
+            for pair in str(text).split(";"):
+                parts = [part.strip() for part in pair.split("=")]
+                if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+                    raise DataError(
+                        "the column label_alias cannot be understood",
+                        where=str(self.path),
+                        found=str(text)[:100],
+                        fix="write STRAY=VALUE, such as 421=420, several separated by semicolons",
+                    )
+                aliases[int(parts[0])] = int(parts[1])
+        return aliases
+
     def _resolve(self, text: str) -> Path:
         return self.path.parent / text.strip()  # an absolute path stays what it is
 

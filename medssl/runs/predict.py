@@ -22,7 +22,7 @@ from medssl.core.files import atomic_write, write_json
 from medssl.core.schema import validate
 from medssl.data.manifest import Manifest, ManifestMeta, read_manifest
 from medssl.data.store import CaseGeometry
-from medssl.data.volume import SUFFIXES, read_volume, write_nifti
+from medssl.data.volume import SUFFIXES, read_header, read_volume, write_nifti
 from medssl.inference.config import InferenceConfig
 from medssl.models import ENCODERS, SegmentationNet, build_decoder
 from medssl.runs.scoring import predict_native
@@ -160,23 +160,21 @@ def predict(weights: Path, inputs: Path, out: Path, *, accelerator: str = "auto"
     Args:
         weights: Folder of a cell.
         inputs: A manifest, one volume, or a folder of volumes.
-        out: Folder for ``<case>.nii.gz``; inputs are never overwritten.
+        out: Folder for ``<case>.nii.gz``; images and label maps of the input are never overwritten.
         accelerator: auto, cpu or gpu.
 
     Raises:
-        WeightsError, DataError, ConfigError: Before anything is predicted.
+        WeightsError, DataError, ConfigError: Before anything is predicted; DataError also when nothing could be.
     """
     device = resolve_accelerator(
         validate(TrainingConfig, {"steps": 1, "accelerator": accelerator}, source="--accelerator")
     )
     segmenter = load_segmenter(weights, device)
-    manifest = input_manifest(inputs)
+    manifest = input_manifest(inputs, channels=segmenter.channels)
+    targets = _targets(manifest, out)
     result = Predicted()
-    for volume in (int(v) for v in manifest.table["volume"]):
+    for volume, target in targets.items():
         row = manifest.row(volume)
-        target = out / f"{row['case']}.nii.gz"
-        if any(target.resolve() == path.resolve() for path in manifest.image_paths(volume)):
-            raise ConfigError("the output would overwrite its input", where=str(target), fix="choose another --out")
         frame = None if pd.isna(row["frame"]) else int(row["frame"])
         try:
             image = read_volume(manifest.image_paths(volume), frame=frame, channels=manifest.channels(volume))
@@ -192,11 +190,35 @@ def predict(weights: Path, inputs: Path, out: Path, *, accelerator: str = "auto"
     return result
 
 
-def input_manifest(inputs: Path) -> Manifest:
-    """A manifest as it is, or one made for a volume or a folder of volumes.
+def _targets(manifest: Manifest, out: Path) -> dict[int, Path]:
+    """The file to write for each volume.
 
     Raises:
-        DataError: Nothing to segment there.
+        ConfigError: One of them is an image or a label map of the input: overwritten labels would score perfectly.
+    """
+    volumes = [int(volume) for volume in manifest.table["volume"]]
+    inputs = {path.resolve() for volume in volumes for path in manifest.image_paths(volume)}
+    inputs |= {path.resolve() for volume in volumes if (path := manifest.label_path(volume)) is not None}
+    targets = {volume: out / f"{manifest.row(volume)['case']}.nii.gz" for volume in volumes}
+    for target in targets.values():
+        if target.resolve() in inputs:
+            raise ConfigError(
+                "the output would overwrite an image or label map of the input; nothing was written",
+                where=str(target),
+                fix="choose another --out",
+            )
+    return targets
+
+
+def input_manifest(inputs: Path, *, channels: int = 1) -> Manifest:
+    """A manifest as it is, or one made for a volume or a folder of volumes.
+
+    Args:
+        inputs: A manifest, one volume, or a folder of volumes.
+        channels: Of the network; above 1, the fourth axis of a volume without a manifest holds that many.
+
+    Raises:
+        DataError: Nothing to segment there, or two volumes of one name (a.nii and a.nii.gz).
     """
     if inputs.suffix == ".csv":
         return read_manifest(inputs)
@@ -209,8 +231,25 @@ def input_manifest(inputs: Path) -> Manifest:
             "nothing to segment", where=str(inputs), fix=f"name a manifest.csv, a volume, or a folder of {SUFFIXES}"
         )
     table = pd.DataFrame({"subject": [_stem(path) for path in files], "image": [path.name for path in files]})
-    table = table.assign(volume=range(len(files)), case=table["subject"], frame=None, modality=None, label=None)
+    repeated = table["subject"][table["subject"].str.lower().duplicated(keep=False)]
+    if len(repeated):
+        raise DataError(
+            "two volumes would be written to one file",
+            where=str(inputs),
+            found=", ".join(table["image"][repeated.index]),
+            fix="take one of them out of the folder, or name the volumes in a manifest.csv",
+        )
+    names = ";".join(f"channel {number}" for number in range(1, channels + 1)) if channels > 1 else None
+    modality = [names if channels > 1 and _is_4d(path) else None for path in files]
+    table = table.assign(volume=range(len(files)), case=table["subject"], frame=None, modality=modality, label=None)
     return Manifest(table, ManifestMeta(), files[0].parent / "manifest.csv")
+
+
+def _is_4d(path: Path) -> bool:
+    try:
+        return read_header(path).n_frames > 1
+    except DataError:
+        return False  # reported with its cause when it is segmented
 
 
 def _stem(path: Path) -> str:

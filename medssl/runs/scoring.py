@@ -134,13 +134,16 @@ def case_rows(
 
 
 def native_label(manifest: Manifest, volume: int) -> npt.NDArray[np.int16]:
-    """The label map of a volume as it is in its file."""
+    """The label map of a volume on the grid of its file; stray values become what the manifest says they mean."""
     path = manifest.label_path(volume)
     assert path is not None
     frame = manifest.row(volume)["frame"]
     # The label map of one frame of a 4D image is usually a 3D file.
     several = read_header(path).n_frames > 1
-    return read_label(path, frame=int(frame) if several and not pd.isna(frame) else None)[0]
+    label = read_label(path, frame=int(frame) if several and not pd.isna(frame) else None)[0]
+    for stray, value in manifest.label_aliases.items():
+        label[label == stray] = value
+    return label
 
 
 def mean_dice(network: nn.Module, cohort: Cohort, volumes: Sequence[int], config: FinetuneConfig) -> float:

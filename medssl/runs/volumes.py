@@ -111,7 +111,7 @@ def open_cohort(
     """
     manifest, left_out = load_manifest(config)
     chosen = manifest if every_split else in_splits(manifest, splits or config.splits)
-    classes = named_classes(manifest)
+    classes = named_classes(manifest) or listed_classes(config.prepare)
     settings = with_label_values(config.prepare, classes, manifest)
     with progress_bar(f"preparing {len(chosen)} volumes") as report:
         store = prepare(chosen, settings, config.cache, slice_axis=slice_axis, jobs=config.jobs, progress=report)
@@ -124,15 +124,33 @@ def with_label_values(settings: PrepareConfig, classes: tuple[LabelClass, ...], 
     """The same preparation, told which class each value of the label files is, where values are not class numbers.
 
     A column ``label_alias`` (``421=420``) says that a value occurs that means another one.
+
+    Raises:
+        ConfigError: ``label_values`` numbers the classes otherwise than the names of the meta file do: what is learnt
+            as one structure would be scored as another.
+        DataError: An alias for a value that has no name.
     """
-    if settings.label_values or not classes:
+    if not classes:
         return settings
     values = {one.value: one.number for one in classes}
-    if "label_alias" in manifest.table:
-        for text in manifest.table["label_alias"].dropna().unique():
-            for pair in str(text).split(";"):
-                alias, _, value = pair.partition("=")
-                values[int(alias)] = values[int(value)]
+    for alias, value in manifest.label_aliases.items():
+        if value not in values:
+            raise DataError(
+                f"label_alias: {alias} stands for {value}, which label_names does not name",
+                where=str(manifest.path),
+                fix="correct the column label_alias, or name the value in the meta file",
+            )
+        values[alias] = values[value]
+    if settings.label_values:
+        given = {value: number for value, number in settings.label_values.items() if value != 0 or number != 0}
+        if given != values:
+            raise ConfigError(
+                "data.prepare.label_values numbers the classes otherwise than the names in the manifest's meta file",
+                where=str(manifest.path),
+                found=f"{given}, by the names it is {values}",
+                fix="remove label_values: the classes are numbered in the order of the named values",
+            )
+        return settings
     if all(value == number for value, number in values.items()):
         return settings
     return settings.model_copy(update={"label_values": values})
@@ -142,6 +160,22 @@ def named_classes(manifest: Manifest) -> tuple[LabelClass, ...]:
     """Structures that the meta file names, numbered 1, 2, ... in the order of their values."""
     names = {value: name for value, name in sorted(manifest.meta.label_names.items()) if value != 0}
     return tuple(LabelClass(i, value, name) for i, (value, name) in enumerate(names.items(), start=1))
+
+
+def listed_classes(settings: PrepareConfig) -> tuple[LabelClass, ...]:
+    """Structures as ``label_values`` lists them, for a manifest that names none.
+
+    Raises:
+        ConfigError: Two values with one number, which a prediction could not be written back as.
+    """
+    values = {number: value for value, number in sorted(settings.label_values.items()) if number != 0}
+    if len(values) < sum(number != 0 for number in settings.label_values.values()):
+        raise ConfigError(
+            "data.prepare.label_values gives one class number to several values",
+            found=str(settings.label_values),
+            fix="say which value a stray one stands for in a column label_alias of the manifest (421=420)",
+        )
+    return tuple(LabelClass(number, value, f"label {value}") for number, value in sorted(values.items()))
 
 
 def found_classes(store: VolumeStore) -> tuple[LabelClass, ...]:
