@@ -156,6 +156,7 @@ class _Loop:
         self.losses: list[tuple[int, Tensor]] = []
         self.waited = 0.0
         self.saved_step: int | None = None
+        self.validated_step: int | None = None
         self.metrics: MetricsLog | None = None
         self.last: dict[str, float] = {}
         self.skipped: list[str] = []
@@ -208,9 +209,10 @@ class _Loop:
         self._agree()
         while not self._done():
             self._step(self.progress.step)
-            if self.progress.step % self.sync_every == 0:
+            if self.progress.step % self.sync_every == 0 or self._asked_alone():
                 self._agree()
         self._check_losses()
+        self._validate_end()
         self._save()
         if self.progress.best is not None:
             self.method.load_state_dict(self.progress.best)
@@ -226,6 +228,17 @@ class _Loop:
         )
         self._say("finished", step=result.steps, seconds=result.seconds)
         return result
+
+    def _asked_alone(self) -> bool:
+        """Whether to stop now: a single process has nobody to agree with, however rarely it waits for its device."""
+        return self.stop.raised is not None and distributed.world_size() == 1
+
+    def _validate_end(self) -> None:
+        """With a budget in seconds nobody knows which step is the last before it is done."""
+        if self.settings.seconds is None or self.validate is None or self.progress.step == self.first_step:
+            return
+        if self.validated_step != self.progress.step:
+            self._log(self.progress.step, {"validation": self._validate(self.progress.step)})
 
     def _done(self) -> bool:
         if self.settings.seconds is not None:
@@ -297,6 +310,7 @@ class _Loop:
         last = settings.steps is not None and done == settings.steps
         watched = done % settings.monitor_every == 0
         if watched and embedding is not None:
+            self._check_losses()  # singular values of what is not finite would fail first, and name nothing
             values |= self._look(done, embedding)
         if self.validate is not None and (last or done % self._validate_every() == 0):
             values["validation"] = self._validate(done)
@@ -330,6 +344,7 @@ class _Loop:
             score = float(self.validate(self.method, done))
         self.method.train()
         score = self._largest([score])[0]
+        self.validated_step = done
         best = self.progress.best_score
         if score == score and (best is None or score > best):  # NaN is never the best
             self.progress.best_step, self.progress.best_score = done, score

@@ -17,7 +17,8 @@ STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 class StopFlag:
     """While entered, SIGTERM, SIGINT and SIGUSR2 set ``raised`` instead of ending the process.
 
-    A second SIGINT raises KeyboardInterrupt at once. The handlers that were there before are put back on leaving.
+    A second SIGINT raises KeyboardInterrupt at once. The handlers that were there before are put back on leaving, and
+    an enclosing flag hears of a signal that came too late to be acted upon (in the last moments of one of many runs).
     Outside the main thread, where handlers cannot be set, nothing is changed.
     """
 
@@ -36,6 +37,9 @@ class StopFlag:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
+            outer = getattr(handler, "__self__", None)
+            if isinstance(outer, StopFlag) and self.raised is not None:
+                outer.raised = self.raised
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before.clear()
 
