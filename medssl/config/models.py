@@ -31,7 +31,7 @@ class DataConfig(StrictModel):
     """manifest.csv; a relative path is relative to the folder in which the command is run."""
     map: dict[str, str] = {}
     """Columns of other names: {group: person} reads the column `person` as `group`."""
-    splits: tuple[str, ...] | None = ("train",)
+    splits: Annotated[tuple[str, ...], Field(min_length=1)] | None = ("train",)
     """Rows used for training: those whose `split` is one of these. Without any split in the manifest, or null: all."""
     published_splits: Path | None = None
     """CSV of published lists (data_manifests/splits/). Splits are then `test`, `unlabelled` (listed for pretraining)
@@ -159,11 +159,11 @@ class ArmConfig(StrictModel):
 class GridConfig(StrictModel):
     """Label fractions x draws x seeds x arms."""
 
-    arms: tuple[ArmConfig, ...] = (ArmConfig(name="scratch"),)
-    n_labelled: tuple[PositiveInt, ...] = (1, 2, 8)
+    arms: Annotated[tuple[ArmConfig, ...], Field(min_length=1)] = (ArmConfig(name="scratch"),)
+    n_labelled: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 8)
     draws: PositiveInt | dict[PositiveInt, PositiveInt] = 5
     """How often each number of labelled volumes is drawn; {1: 5, 8: 3} where they differ, as in published lists."""
-    seeds: tuple[NonNegativeInt, ...] = (0,)
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0,)
     n_validation: NonNegativeInt = 2
     """Labelled volumes on which the best step is chosen; they count as labels in what is written."""
     published_draws: Path | None = None
@@ -211,6 +211,14 @@ class FinetuneConfig(RunConfig):
             raise ValueError(f"evaluate_on: `{self.evaluate_on}` is one of data.splits, which are trained on")
         if resolve_views(self.views, self.spatial_dims).n_views != 1:
             raise ValueError("fine-tuning takes one view of each item: set views.n_views: 1")
+        if self.training.devices * self.training.nodes != 1:
+            raise ValueError(
+                "training.devices, training.nodes: each cell is trained by one process; "
+                "set both to 1, and grid.jobs to compute several cells at a time"
+            )
+        window = self.inference.window
+        if window is not None and len(window) != self.spatial_dims:
+            raise ValueError(f"inference.window: give {self.spatial_dims} lengths for {self.spatial_dims}D items")
         return self
 
 

@@ -37,6 +37,13 @@ def explain_disk_errors(path: Path) -> Iterator[None]:
                 where=str(path),
                 fix="choose a folder that you may write to",
             ) from error
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG):
+            raise DiskError(
+                "a file cannot be written at this place",
+                where=str(path),
+                found=error.strerror,
+                fix="check the path: a file may stand where a folder is needed, or the other way round",
+            ) from error
         raise
 
 

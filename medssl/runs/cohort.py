@@ -105,8 +105,15 @@ def _skipped(skipped: Sequence[Skipped]) -> list[str]:
 
 
 def check(manifest: Path, *, deep: bool, jobs: int, mapping: Mapping[str, str], out: Path | None) -> Outcome:
-    """List every problem of a manifest and its files."""
-    summary: Summary = check_manifest(read_manifest(manifest, mapping=mapping), deep=deep, jobs=jobs)
+    """List every problem of a manifest and its files.
+
+    Raises:
+        ConfigError: ``out`` is the manifest itself.
+    """
+    loaded = read_manifest(manifest, mapping=mapping)
+    if out is not None and out.resolve() in (loaded.path.resolve(), meta_path(loaded.path).resolve()):
+        raise ConfigError("the findings would overwrite the manifest", where=str(out), fix="choose another --out")
+    summary: Summary = check_manifest(loaded, deep=deep, jobs=jobs)
     if out is not None:
         write_csv(summary.table(), out)
     return Outcome(summary.lines(), summary.to_json(), summary.n_errors)

@@ -36,7 +36,7 @@ from medssl.runs.volumes import (
 )
 from medssl.samplers import FewLabelSampler
 from medssl.training import BatchSource, train
-from medssl.training.device import resolve_accelerator
+from medssl.training.device import resolve_accelerator, resolve_precision
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, allow_changed: boo
         ConfigError, DataError: Before any training starts.
         Interrupted: Asked to stop; resumable.
     """
-    resolve_accelerator(config.training)
+    resolve_precision(config.training, resolve_accelerator(config.training))
     cohort = _open(config)
     leaks = check_leaks(config, cohort)
     draws = plan_draws(config, cohort)
@@ -244,7 +244,10 @@ def check_leaks(config: FinetuneConfig, cohort: Cohort) -> LeakCheck:
             notes.append(f"`{arm.name}`: no manifest beside the weights; only identical images could be looked for")
             continue
         found = refuse_leak(
-            {f"the pretraining of `{arm.name}`": pretrained, config.evaluate_on: with_absolute_paths(evaluated)},
+            {
+                f"the pretraining of `{arm.name}`": with_absolute_paths(pretrained),
+                config.evaluate_on: with_absolute_paths(evaluated),
+            },
             transductive=config.data.transductive,
         )
         groups |= {leak.what for leak in found if leak.kind == "group"}
@@ -342,8 +345,12 @@ def finish(
     """Tables, summary and overlays from the finished cells."""
     tables = []
     for cell in results:
+        # Only empty cells are missing: a person or a structure may be called NA.
         rows = pd.read_csv(
-            folder / "cells" / cell.name / "per_case.csv", dtype={"case": str, "subject": str, "group": str}
+            folder / "cells" / cell.name / "per_case.csv",
+            dtype=dict.fromkeys(("case", "subject", "group", "class"), str),
+            keep_default_na=False,
+            na_values=[""],
         )
         tables.append(rows.assign(arm=cell.arm, n_labelled=cell.n_labelled, draw=cell.draw, seed=cell.seed))
     per_case = pd.concat(tables, ignore_index=True)

@@ -43,6 +43,8 @@ def open_run(root: Path, name: str, *, kind: str, config_text: str, manifest: Ma
         ConfigError: A name that is no name, a folder that exists already, or one that belongs to another kind of run.
     """
     folder = run_folder(root, name)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError("there is a file where the run folder would be", where=str(folder), fix="choose another name")
     status = read_status(folder)
     if folder.exists() and any(folder.iterdir()):
         if not resume:
@@ -62,10 +64,8 @@ def record_run(folder: Path, *, config_text: str, manifest: Manifest) -> None:
     """Write what a run is made of; of a resumed one only once it is known that it really goes on."""
     atomic_write(folder / "config.yaml", config_text)
     write_json(folder / "environment.json", environment())
-    table = manifest.table.drop(columns=[c for c in ("volume", "case") if c in manifest.table], errors="ignore").copy()
-    table["image"] = [";".join(str(path) for path in manifest.image_paths(v)) for v in manifest.table["volume"]]
-    labels = [manifest.label_path(v) for v in manifest.table["volume"]]
-    table["label"] = [None if path is None else str(path) for path in labels]
+    # Paths that hold from the run folder, whatever folder the command was run in.
+    table = manifest.relocated(folder / "manifest.csv")
     write_manifest(table, manifest.meta, folder / "manifest.csv")
 
 

@@ -237,6 +237,12 @@ def test_what_is_written_into_a_run_reads_back_the_same(load, tmp_path, values):
         (FINETUNE, ["views.n_views=2"], "set views.n_views: 1"),
         (FINETUNE, ["grid.arms=[{name: a}, {name: a}]"], "names of their own"),
         (FINETUNE, ["grid.arms=[{name: ../a}]"], "grid.arms.0.name"),
+        (FINETUNE, ["training.devices=2"], "one process; set both to 1, and grid.jobs"),
+        (FINETUNE, ["inference.window=[16, 16]"], "inference.window: give 3 lengths"),
+        (FINETUNE, ["data.splits=[]"], "data.splits"),
+        (FINETUNE, ["grid.arms=[]"], "grid.arms"),
+        (FINETUNE, ["grid.n_labelled=[]"], "grid.n_labelled"),
+        (FINETUNE, ["grid.seeds=[]"], "grid.seeds"),
         (FINETUNE, ["grid={n_labelled: [1, 2], draws: {1: 5}}"], r"one for each of n_labelled \[1, 2\]"),
     ],
 )
