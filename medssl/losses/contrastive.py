@@ -78,7 +78,7 @@ def global_contrastive(
     Args:
         z: (N, 2, D) two versions for "gr"; (N, 3, D) original, version a, version b otherwise. Raw embeddings.
         partition: (N,) integer. Needed by "gd-" and "gd".
-        volume: (N,) integer. Needed by "gd-" and "gd" (so that one batch serves both).
+        volume: (N,) integer. Needed by "gd"; "gd-" does not ask which volume an item is of.
         strategy: Which pairs attract.
         temperature: Above 0, dimensionless.
 
@@ -86,7 +86,7 @@ def global_contrastive(
         Scalar in float32 or wider, in nats. Anchors without negatives contribute 0 and are counted.
 
     Raises:
-        ShapeError: Shapes other than the above, or a missing partition or volume.
+        ShapeError: Shapes other than the above, or a partition or volume that is needed and missing.
         InputError: An unknown strategy, a temperature that is not positive, or codes that are not integers.
     """
     check_choice("strategy", strategy, ("gr", "gd-", "gd"))
@@ -98,7 +98,8 @@ def global_contrastive(
     if strategy == "gr":
         return nt_xent(z[:, 0], z[:, 1], temperature=temperature)
     partition = check_codes("partition", partition, len(z), f"strategy {strategy}").to(z.device)
-    volume = check_codes("volume", volume, len(z), f"strategy {strategy}").to(z.device)
+    if strategy == "gd" or volume is not None:
+        volume = check_codes("volume", volume, len(z), f"strategy {strategy}").to(z.device)
     with exact_float32(z.device):
         return _partition_contrastive(unit(z), partition, volume if strategy == "gd" else None, temperature)
 

@@ -225,10 +225,13 @@ def test_wrong_inputs_are_refused_with_a_remedy():
     for strategy in ("gd-", "gd"):
         with pytest.raises(ShapeError, match="needs `partition`"):
             global_contrastive(z, None, v, strategy=strategy)
-        with pytest.raises(ShapeError, match="needs `volume`"):
-            global_contrastive(z, p, strategy=strategy)
         with pytest.raises(ShapeError, match="one code per item"):
             global_contrastive(z, p[:3], v, strategy=strategy)
+        with pytest.raises(ShapeError, match="one code per item"):
+            global_contrastive(z, p, v[:3], strategy=strategy)
+    with pytest.raises(ShapeError, match="needs `volume`"):
+        global_contrastive(z, p, strategy="gd")
+    assert global_contrastive(z, p, strategy="gd-") == global_contrastive(z, p, v, strategy="gd-")
     with pytest.raises(ShapeError, match="3 views"):
         global_contrastive(z[:, :2], p, v, strategy="gd")
     with pytest.raises(InputError, match="Did you mean `gd`"):
