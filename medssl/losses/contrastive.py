@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from medssl.core.errors import ShapeError
+from medssl.core.transfer import onto
 from medssl.losses.numerics import (
     check_choice,
     check_codes,
@@ -97,9 +98,9 @@ def global_contrastive(
         raise ShapeError(f"strategy {strategy} takes z with {views} views, (N, {views}, D)", found=str(tuple(z.shape)))
     if strategy == "gr":
         return nt_xent(z[:, 0], z[:, 1], temperature=temperature)
-    partition = check_codes("partition", partition, len(z), f"strategy {strategy}").to(z.device)
+    partition = onto(check_codes("partition", partition, len(z), f"strategy {strategy}"), z.device)
     if strategy == "gd" or volume is not None:
-        volume = check_codes("volume", volume, len(z), f"strategy {strategy}").to(z.device)
+        volume = onto(check_codes("volume", volume, len(z), f"strategy {strategy}"), z.device)
     with exact_float32(z.device):
         return _partition_contrastive(unit(z), partition, volume if strategy == "gd" else None, temperature)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from medssl.core.errors import InputError, ShapeError
+from medssl.core.transfer import onto
 from medssl.losses.numerics import (
     attached_zero,
     check_choice,
@@ -74,14 +75,14 @@ def local_contrastive(
     check_temperature(temperature)
     voxels, at, places = _places(corners, negatives, tuple(feat_a.shape[2:]), region_size)
     if strategy == "ld":
-        partition = check_codes("partition", partition, len(feat_a), "strategy ld").to(feat_a.device)
-        volume = check_codes("volume", volume, len(feat_a), "strategy ld").to(feat_a.device)
+        partition = onto(check_codes("partition", partition, len(feat_a), "strategy ld"), feat_a.device)
+        volume = onto(check_codes("volume", volume, len(feat_a), "strategy ld"), feat_a.device)
     if places.shape[1] == 0:
         warn_if(True, "no region has negatives: the local contrastive loss is 0 with gradient 0")
         return attached_zero(feat_a, feat_b)
     with exact_float32(feat_a.device):
-        a, b = (_regions(feat, voxels.to(feat_a.device)) for feat in (feat_a, feat_b))  # (N, U, F) each
-        at, places = at.to(feat_a.device), places.to(feat_a.device)
+        voxels, at, places = (onto(table, feat_a.device) for table in (voxels, at, places))
+        a, b = (_regions(feat, voxels) for feat in (feat_a, feat_b))  # (N, U, F) each
         if partition is not None and volume is not None and strategy == "ld":
             return _ld(a, b, at, places, partition, volume, temperature)
         terms = (_directed(a, b, at, places, temperature), _directed(b, a, at, places, temperature))

@@ -13,6 +13,7 @@ from medssl.core.distributed import gather
 from medssl.core.errors import ConfigError
 from medssl.core.schema import StrictModel
 from medssl.core.seeding import REGIONS, numpy_rng
+from medssl.core.transfer import onto
 from medssl.core.types import LossOutput, Method, ModelParts, Needs, ViewBatch
 from medssl.losses import local_contrastive, nearest_negatives, region_corners
 from medssl.methods.entry import stacked_views
@@ -117,7 +118,7 @@ class LCL(Method):
             volume=volume if config.strategy == "ld" else None,
             temperature=config.temperature,
         )
-        at_corners = feat_a.detach()[(..., *corners.to(feat_a.device).T)]  # (N, D, R)
+        at_corners = feat_a.detach()[(..., *onto(corners, feat_a.device).T)]  # (N, D, R)
         return LossOutput(loss, embedding=at_corners.transpose(1, 2).flatten(0, 1))
 
     def corners(self, seed: int, step: int) -> Tensor:

@@ -12,6 +12,7 @@ from medssl.core.distributed import all_reduce_sum, gather
 from medssl.core.errors import ConfigError, InputError
 from medssl.core.schema import StrictModel
 from medssl.core.seeding import MIXUP, numpy_rng, permutation
+from medssl.core.transfer import onto
 from medssl.core.types import LossOutput, Method, ModelParts, Needs, ViewBatch
 from medssl.models.decoders import SegmentationNet
 
@@ -127,11 +128,11 @@ def mix_items(
     """
     slot = batch.items["slot"]
     all_images, all_target, all_labelled, slots = gather((images, target, labelled, slot))
-    order = torch.from_numpy(permutation(len(slots), batch.seed, MIXUP, batch.step)).to(slots.device)
+    order = onto(torch.from_numpy(permutation(len(slots), batch.seed, MIXUP, batch.step)), slots.device)
     by_slot = slots.argsort()
     partner = by_slot[order[slot]]
     shares = numpy_rng(batch.seed, MIXUP, batch.step, 1).beta(config.alpha, config.beta, len(slots))
-    share = torch.from_numpy(shares).to(images.device, images.dtype)[slot].view(-1, *(1,) * (images.ndim - 1))
+    share = onto(torch.from_numpy(shares).to(images.dtype), images.device)[slot].view(-1, *(1,) * (images.ndim - 1))
     return (
         share * images + (1 - share) * all_images[partner],
         share * target + (1 - share) * all_target[partner],

@@ -64,7 +64,8 @@ class _Raw:
     labels: Mapping[str, Tensor]
 
     def pinned(self, device: torch.device) -> _Raw:
-        torch.cuda.set_device(device)  # of this thread; pinning would otherwise open a context on the first GPU
+        if device.index is not None:
+            torch.cuda.set_device(device)  # of this thread; pinning would otherwise open a context on the first GPU
         maps = None if self.label_maps is None else self.label_maps.pin_memory()
         return _Raw(self.images.pin_memory(), maps, self.items, self.labels)
 
@@ -213,7 +214,7 @@ class BatchSource:
             return prepared
         images = prepared.images.to(self.device, non_blocking=True)
         maps = None if prepared.label_maps is None else prepared.label_maps.to(self.device, non_blocking=True)
-        return self._views(step, _Raw(images, maps, prepared.items, prepared.labels)).to(self.device)
+        return self._views(step, _Raw(images, maps, prepared.items, prepared.labels)).to(self.device, non_blocking=True)
 
     def _views(self, step: int, raw: _Raw) -> ViewBatch:
         views = make_views(

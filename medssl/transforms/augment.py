@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from medssl.core.errors import ConfigError, ShapeError, nearest
+from medssl.core.transfer import onto
 from medssl.transforms import intensity
 from medssl.transforms.augment_config import (
     Affine,
@@ -132,7 +133,7 @@ def _move_batch(images: Tensor, params: Params, config: AugmentConfig) -> Tensor
         return resample_batch(images, theta, params.size, _padding(config))
     # A size other than the images' moves every item, so sizes agree here.
     views = images.clone()
-    index = rows.to(images.device)
+    index = onto(rows, images.device)
     views[index] = resample_batch(images[index], theta, params.size, _padding(config))
     return views
 

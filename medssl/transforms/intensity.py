@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from medssl.core.transfer import onto
 from medssl.transforms.augment_params import exponents
 from medssl.transforms.resampling import along_axis, product
 
@@ -25,7 +26,7 @@ def on_active(images: Tensor, active: Tensor, change: Callable[[Tensor, Tensor],
     if len(rows) == len(images):
         change(images, rows)
         return
-    index = rows.to(images.device)
+    index = onto(rows, images.device)
     part = images[index]
     change(part, rows)
     images[index] = part
@@ -33,7 +34,7 @@ def on_active(images: Tensor, active: Tensor, change: Callable[[Tensor, Tensor],
 
 def per_item(values: Tensor, images: Tensor) -> Tensor:
     """(n,) values shaped to broadcast against images on their device."""
-    return values.to(images.device, images.dtype).reshape(-1, *(1,) * (images.dim() - 1))
+    return onto(values.to(images.dtype), images.device).reshape(-1, *(1,) * (images.dim() - 1))
 
 
 def blur(images: Tensor, sigma: Tensor, skip_axis: int | None = None) -> None:
@@ -50,7 +51,7 @@ def blur(images: Tensor, sigma: Tensor, skip_axis: int | None = None) -> None:
         if len(images) == 1:
             images.copy_(along_axis(images, gaussian_matrix(sigma, length)[0], axis + 2))
         else:
-            images.copy_(product(images, gaussian_matrix(sigma, length).to(images.device), axis + 2))
+            images.copy_(product(images, onto(gaussian_matrix(sigma, length), images.device), axis + 2))
 
 
 def reach(sigma: float) -> int:
@@ -86,7 +87,7 @@ def bias_field(images: Tensor, coefficients: Tensor, degree: int) -> None:
     table = torch.zeros(*(degree + 1,) * dims, len(images))
     for term, powers in enumerate(exponents(dims, degree)):
         table[powers] = coefficients[:, term]
-    field = table.movedim(-1, 0).to(images.device)
+    field = onto(table.movedim(-1, 0), images.device)
     for axis, length in enumerate(spatial):
         centres = (2 * torch.arange(length, device=images.device, dtype=torch.float32) + 1) / length - 1
         field = product(field, centres[:, None] ** torch.arange(degree + 1, device=images.device), axis + 1)

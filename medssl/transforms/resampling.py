@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
+from medssl.core.transfer import onto
 from medssl.transforms.geometry import Floats, Padding, grid, voxels_from_theta
 
 _MOST_PADDING = 8  # times the image: beyond that, padding for ITK costs more than grid_sample
@@ -34,7 +35,7 @@ def resample_batch(images: Tensor, theta: Tensor, size: Sequence[int], padding: 
     Returns:
         (N, C, *size).
     """
-    points = grid(theta.to(images.device), size)
+    points = grid(onto(theta, images.device), size)
     views = grid_sample(images, points, mode="bilinear", padding_mode="border", align_corners=False)
     if padding == "zeros":
         views.masked_fill_((points.abs() > 1).any(dim=-1)[:, None], 0.0)
@@ -164,10 +165,12 @@ def resample_labels(labels: Tensor, theta: Tensor, size: Sequence[int], padding:
         (N, *size), same type.
     """
     matrix, offset = voxels_from_theta(theta, size, labels.shape[1:])
+    border = padding == "border"
+    if labels.device.type != "cpu":
+        return _nearest(labels, matrix, offset, size, border)
     result = labels.new_empty((len(labels), *size))
     for item, label_map in enumerate(labels):
-        border = padding == "border"
-        if labels.device.type == "cpu" and len(size) == 3 and not bool(inside[item]):
+        if len(size) == 3 and not bool(inside[item]):
             fill = min(0, int(label_map.max()))
             moved = _itk(
                 label_map.numpy(), matrix[item], offset[item], size,
@@ -175,22 +178,31 @@ def resample_labels(labels: Tensor, theta: Tensor, size: Sequence[int], padding:
             )  # fmt: skip
             result[item].numpy()[...] = sitk.GetArrayViewFromImage(moved)
         else:
-            result[item] = _nearest(label_map, matrix[item], offset[item], size, border)
+            one = slice(item, item + 1)
+            result[one] = _nearest(labels[one], matrix[one], offset[one], size, border)
     return result
 
 
 def _nearest(labels: Tensor, matrix: Floats, offset: Floats, size: Sequence[int], border: bool) -> Tensor:
-    dims, device = labels.dim(), labels.device
-    index = torch.zeros((1,) * dims, dtype=torch.int64, device=device)
-    outside = torch.zeros((1,) * dims, dtype=torch.bool, device=device)
-    for row, old in enumerate(labels.shape):
-        position = torch.full((1,) * dims, float(offset[row]) + 0.5, dtype=torch.float64, device=device)
-        for axis, new in enumerate(size):
-            if matrix[row, axis] != 0:  # a crop depends on one axis only: its index stays one line
-                line = torch.arange(new, device=device, dtype=torch.float64) * float(matrix[row, axis])
-                position = position + line.reshape(*(1,) * axis, new, *(1,) * (dims - 1 - axis))
+    """(n, *spatial) to (n, *size), all items at once."""
+    n, device, spatial = len(labels), labels.device, labels.shape[1:]
+    dims = len(spatial)
+    steps, starts = (onto(torch.from_numpy(np.ascontiguousarray(values)), device) for values in (matrix, offset))
+    lines = [torch.arange(new, device=device, dtype=torch.float64) for new in size]
+    index = torch.zeros((n, *(1,) * dims), dtype=torch.int64, device=device)
+    outside = torch.zeros((n, *(1,) * dims), dtype=torch.bool, device=device)
+    for row, old in enumerate(spatial):
+        position = starts[:, row].view(n, *(1,) * dims) + 0.5
+        for axis, line in enumerate(lines):
+            if (matrix[:, row, axis] != 0).any():  # a crop depends on one axis only: its index stays one line
+                along = steps[:, row, axis, None] * line
+                position = position + along.reshape(n, *(1,) * axis, -1, *(1,) * (dims - 1 - axis))
         voxel = position.floor().long()
         outside = outside | (voxel < 0) | (voxel >= old)
         index = index * old + voxel.clamp(0, old - 1)
-    values = labels.reshape(-1)[index].expand(*size)
-    return values if border else torch.where(outside, labels.max().clamp(max=0), values)
+    index = index.expand(n, *size)
+    values = labels.flatten(1).gather(1, index.flatten(1)).view(n, *size)
+    if border:
+        return values
+    background = labels.flatten(1).amax(1).clamp(max=0).view(n, *(1,) * dims)  # -1 where nothing is labelled
+    return torch.where(outside, background, values)

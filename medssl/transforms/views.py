@@ -12,6 +12,7 @@ from torch import Tensor
 
 from medssl.core.errors import ShapeError, nearest
 from medssl.core.schema import StrictModel
+from medssl.core.transfer import onto
 from medssl.transforms.artefacts import Artefact, add_artefacts
 from medssl.transforms.augment import Way, apply, apply_labels, draw
 from medssl.transforms.augment_config import (
@@ -192,7 +193,7 @@ def make_views(
             source = add_artefacts(images, config.artefacts, seed=seed, step=step, slots=slots, view=view)
         params = draw(policy, images.shape[2:], seed=seed, step=step, slots=slots, view=view)
         views.append(apply(source, params, policy, method=method))
-        geometry.append(None if params.theta is None else params.theta.to(images.device))
+        geometry.append(None if params.theta is None else onto(params.theta, images.device))
         if view == 0 and label_maps is not None:
             label_map = apply_labels(label_maps, params, policy)
     return Views(tuple(views), tuple(geometry), label_map)
