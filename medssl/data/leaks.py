@@ -32,6 +32,7 @@ def refuse_leak(
     *,
     transductive: bool = False,
     hashes: Mapping[Path, str] | None = None,
+    voxels: Mapping[int, str] | None = None,
 ) -> list[Leak]:
     """Refuse sets of one run that share a group, a subject or an image.
 
@@ -43,6 +44,8 @@ def refuse_leak(
             that are tested on later: check labelled sets against each other in a call without it.
         hashes: Content hash by image path (as ``Manifest.image_paths`` gives it), for finding copies under other
             names. Paths without one are compared by path alone.
+        voxels: Hash of the voxels by volume number, for sets that are rows of one manifest: tells frames of one file
+            apart, and finds a frame that was saved as a file of its own.
 
     Returns:
         The leaks that were let pass; empty when there are none.
@@ -57,7 +60,7 @@ def refuse_leak(
                 where=str(manifest.path),
                 fix="check the split column, the fractions and the selection",
             )
-    keys = {name: _identities(manifest, hashes or {}) for name, manifest in sets.items()}
+    keys = {name: _identities(manifest, hashes or {}, voxels or {}) for name, manifest in sets.items()}
     leaks = []
     for one, other in combinations(sets, 2):
         cohorts = {sets[one].meta.cohort, sets[other].meta.cohort}
@@ -74,12 +77,12 @@ def refuse_leak(
             "the sets of this run leak into each other",
             where=", ".join(dict.fromkeys(str(manifest.path) for manifest in sets.values())),
             found="\n         ".join(lines),
-            fix="split by group (medssl data split), or set transductive: true if that is what you study",
+            fix="split by group (medssl data split); for pretraining alone, data.transductive: true lets it pass",
         )
     return leaks
 
 
-def _identities(manifest: Manifest, hashes: Mapping[Path, str]) -> dict[str, dict[str, str]]:
+def _identities(manifest: Manifest, hashes: Mapping[Path, str], voxels: Mapping[int, str]) -> dict[str, dict[str, str]]:
     """What identifies the content of a set, by kind: key to compare -> name to show."""
     table = manifest.table
     found: dict[str, dict[str, str]] = {
@@ -92,6 +95,8 @@ def _identities(manifest: Manifest, hashes: Mapping[Path, str]) -> dict[str, dic
     found["subject"] = {subject: subject for subject in table["subject"].unique() if subject not in whole}
     for volume, case, frame in zip(table["volume"], table["case"], table["frame"]):
         at = "" if pd.isna(frame) else f", frame {frame}"
+        if int(volume) in voxels:
+            found["voxels"][voxels[int(volume)]] = f"{case} ({manifest.image_paths(volume)[0]}{at})"
         for path in manifest.image_paths(volume):
             found["file"][f"{path.absolute()}{at}"] = f"{path}{at}"
             if path in hashes:

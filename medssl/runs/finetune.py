@@ -15,8 +15,8 @@ from medssl.core.errors import ConfigError, DataError
 from medssl.core.files import write_json
 from medssl.core.types import ModelParts
 from medssl.data.items import ItemReader, build_items, item_shape
-from medssl.data.manifest import Manifest, read_manifest
-from medssl.data.splits import LabelDraw, label_draws, refuse_leak
+from medssl.data.manifest import Manifest
+from medssl.data.splits import LabelDraw, Leak, label_draws, refuse_leak
 from medssl.methods import TASKS
 from medssl.models import build_decoder, build_encoder, load_weights, read_model
 from medssl.reporting import build_report
@@ -29,9 +29,10 @@ from medssl.runs.summary import UPPER_BOUND, Finetuned, summarise_grid
 from medssl.runs.volumes import (
     FINGERPRINT_DIGITS,
     Cohort,
-    image_hashes,
     in_splits,
     open_cohort,
+    pretraining_manifests,
+    voxel_hashes,
     with_absolute_paths,
 )
 from medssl.samplers import FewLabelSampler
@@ -231,27 +232,24 @@ def check_leaks(config: FinetuneConfig, cohort: Cohort) -> LeakCheck:
     """
     evaluated = in_splits(cohort.chosen, (config.evaluate_on,))
     trained = in_splits(cohort.chosen, config.data.splits)
-    hashes = image_hashes(cohort)
-    refuse_leak({"training": trained, config.evaluate_on: evaluated}, hashes=hashes)
+    refuse_leak({"training": trained, config.evaluate_on: evaluated}, voxels=voxel_hashes(cohort))
     notes: list[str] = []
     groups: set[str] = set()
     for arm in config.grid.arms:
         if arm.weights is None:
             continue
-        pretrained = pretraining_manifest(arm.weights)
+        pretrained = pretraining_manifests(arm.weights)
         notes += shared_images(arm, cohort, evaluated, transductive=config.data.transductive)
-        if pretrained is None:
+        if not pretrained:
             notes.append(f"`{arm.name}`: no manifest beside the weights; only identical images could be looked for")
-            continue
-        found = refuse_leak(
-            {
-                f"the pretraining of `{arm.name}`": with_absolute_paths(pretrained),
-                config.evaluate_on: with_absolute_paths(evaluated),
-            },
-            transductive=config.data.transductive,
-        )
-        groups |= {leak.what for leak in found if leak.kind == "group"}
-        notes += [str(leak) for leak in found]
+        found: dict[str, Leak] = {}
+        for number, one in enumerate(pretrained):
+            role = f"the pretraining of `{arm.name}`" + (f", {number} before its last" if number else "")
+            sets = {role: one, config.evaluate_on: with_absolute_paths(evaluated)}
+            for leak in refuse_leak(sets, transductive=config.data.transductive):
+                found.setdefault(f"{leak.kind} {leak.what}", leak)
+        groups |= {leak.what for leak in found.values() if leak.kind == "group"}
+        notes += [str(leak) for leak in found.values()]
     return LeakCheck(len(groups), tuple(notes))
 
 
@@ -276,14 +274,6 @@ def shared_images(arm: ArmConfig, cohort: Cohort, evaluated: Manifest, *, transd
             fix="pretrain without them, or set data.transductive: true if that is what you study",
         )
     return [f"image of {case} was in the pretraining of `{arm.name}`" for case in shared]
-
-
-def pretraining_manifest(weights: Path) -> Manifest | None:
-    """The volumes that some weights were pretrained on; None where the run's manifest is not there."""
-    for folder in (weights, weights.parent):
-        if (folder / "manifest.csv").is_file():
-            return read_manifest(folder / "manifest.csv")
-    return None
 
 
 def plan_draws(config: FinetuneConfig, cohort: Cohort) -> dict[tuple[int, int], LabelDraw]:

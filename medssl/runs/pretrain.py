@@ -22,7 +22,15 @@ from medssl.methods import METHODS
 from medssl.models import build_decoder, build_encoder, load_weights, read_model, save_weights
 from medssl.reporting import build_report
 from medssl.runs.folder import open_run, record_run, run_folder, tracked
-from medssl.runs.volumes import FINGERPRINT_DIGITS, Cohort, in_splits, load_manifest, open_cohort
+from medssl.runs.volumes import (
+    FINGERPRINT_DIGITS,
+    Cohort,
+    in_splits,
+    load_manifest,
+    open_cohort,
+    pretraining_manifests,
+    with_absolute_paths,
+)
 from medssl.samplers import SAMPLERS
 from medssl.training import BatchSource, TrainResult, build_fabric, train
 from medssl.training.device import resolve_accelerator, resolve_precision
@@ -121,13 +129,20 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed: boo
 
 
 def check_leaks(config: PretrainConfig, manifest: Manifest) -> list[str]:
-    """Refuse pretraining on people of the test split; returns what ``transductive`` let pass."""
+    """Refuse pretraining on people of the test split, in this run or in what it begins from.
+
+    Returns what ``transductive`` let pass.
+    """
     column = manifest.table["split"]
     if not (column == "test").any():
         return []
     chosen = in_splits(manifest, config.data.splits)
     test = manifest.select((column == "test").to_numpy(dtype=bool))
     found = refuse_leak({"pretraining": chosen, "test": test}, transductive=config.data.transductive)
+    test = with_absolute_paths(test)
+    for earlier in [] if config.weights is None else pretraining_manifests(config.weights):
+        sets = {"the pretraining that this one begins from": earlier, "test": test}
+        found += refuse_leak(sets, transductive=config.data.transductive)
     return [str(leak) for leak in found]
 
 

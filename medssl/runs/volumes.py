@@ -11,6 +11,7 @@ import numpy as np
 
 from medssl.config import DataConfig
 from medssl.core.errors import ConfigError, DataError, nearest
+from medssl.core.files import read_yaml
 from medssl.data.cache import VolumeStore, prepare
 from medssl.data.manifest import Manifest, read_manifest
 from medssl.data.splits import with_published_splits
@@ -189,9 +190,32 @@ def found_classes(store: VolumeStore) -> tuple[LabelClass, ...]:
     return tuple(LabelClass(value, value, f"label {value}") for value in range(1, highest + 1))
 
 
-def image_hashes(cohort: Cohort) -> Mapping[Path, str]:
-    """Hash of the voxels of every image by its (first) path, for finding one image under two names."""
-    return {cohort.chosen.image_paths(volume)[0]: cohort.store.voxels(volume) for volume in cohort.store.volumes}
+def voxel_hashes(cohort: Cohort) -> Mapping[int, str]:
+    """Hash of the voxels of every prepared volume (of a 4D file: of its frame), for finding copies of an image."""
+    return {volume: cohort.store.voxels(volume) for volume in cohort.store.volumes}
+
+
+def pretraining_manifests(weights: Path) -> list[Manifest]:
+    """The volumes that some weights were pretrained on, and those of the weights that they were begun from, and so on.
+
+    Args:
+        weights: Run folder, its ``weights`` folder or a file in that. Where a run's manifest is not there, the list
+            ends.
+    """
+    found: list[Manifest] = []
+    seen: set[Path] = set()
+    at: Path | None = weights
+    while at is not None and at.resolve() not in seen:
+        seen.add(at.resolve())
+        near = (at.parent, at.parent.parent) if at.is_file() else (at, at.parent)
+        folder = next((one for one in near if (one / "manifest.csv").is_file()), None)
+        if folder is None:
+            break
+        found.append(with_absolute_paths(read_manifest(folder / "manifest.csv")))
+        values = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
+        before = values.get("weights") if isinstance(values, dict) else None
+        at = Path(before) if isinstance(before, str) else None
+    return found
 
 
 def with_absolute_paths(manifest: Manifest) -> Manifest:

@@ -321,3 +321,12 @@ def test_splits_of_real_people_keep_both_sides_together(real_data):
     assert sum(map(len, parts.values())) == 129
     sets = {part: manifest.select(table["split"] == part) for part in parts}
     assert refuse_leak(sets) == []
+
+
+def test_frame_saved_as_a_file_of_its_own_is_found_by_its_voxels():
+    one, other = cohort(["a"], image=["cine.nii"]), cohort(["b"], image=["frame0.nii"])
+    one.table["frame"] = pd.Series([0], dtype="Int64")
+    other.table["volume"] = [1]
+    assert refuse_leak({"train": one, "test": other}, voxels={0: "1234", 1: "5678"}) == []
+    with pytest.raises(DataError, match=r"identical image case0 \(cine.nii, frame 0\)"):
+        refuse_leak({"train": one, "test": other}, voxels={0: "1234", 1: "1234"})
