@@ -155,6 +155,10 @@ class VolumeStore:
         """Native and prepared grid of a volume."""
         return self._geometry[volume]
 
+    def key(self, volume: int) -> str:
+        """Name of the entry in the cache: a hash of what its image and label files hold and of how it was prepared."""
+        return self._entries[volume].name
+
     def voxels(self, volume: int) -> str:
         """Hash of the voxels of the file before preparation: one image under two names has one."""
         return str(self._info[volume]["voxels"])

@@ -122,8 +122,13 @@ class CellRunner:
         settings["training"] = {k: v for k, v in settings["training"].items() if k not in _NOT_RESULT_TRAINING}
         settings["data"] = {k: v for k, v in settings["data"].items() if k in ("prepare", "map")}
         table = self.cohort.chosen.table
-        used = table[table["volume"].isin([*draw.train, *draw.validation])]
         evaluated = in_splits(self.cohort.chosen, (self.config.evaluate_on,)).table
+        cases = dict(zip(table["volume"], table["case"], strict=True))
+
+        def contents(volumes: Sequence[int]) -> list[list[str]]:
+            """Names and what the files held: one that was edited between two sittings makes another cell."""
+            return [[str(cases[volume]), self.cohort.store.key(volume)] for volume in volumes]
+
         return fingerprint(
             {
                 "settings": settings,
@@ -132,9 +137,9 @@ class CellRunner:
                     "weights": None if arm.weights is None else read_model(arm.weights)["sha256"],
                 },
                 "cell": [cell.n_labelled, cell.draw, cell.seed],
-                "train": sorted(used["case"]),
-                "draw": [draw.train, draw.validation],
-                "evaluated": sorted(evaluated["case"]),
+                "train": contents(draw.train),
+                "validation": contents(draw.validation),
+                "evaluated": contents([int(volume) for volume in evaluated["volume"]]),
             }
         )
 

@@ -22,6 +22,7 @@ from medssl.methods import METHODS
 from medssl.models import build_decoder, build_encoder, load_weights, read_model, save_weights
 from medssl.reporting import build_report
 from medssl.runs.folder import open_run, record_run, run_folder, tracked
+from medssl.runs.grid import fingerprint
 from medssl.runs.volumes import (
     FINGERPRINT_DIGITS,
     Cohort,
@@ -118,6 +119,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed: boo
             fingerprint={
                 "config": config.model_dump(mode="json", exclude={"name", "runs", "status"}),
                 "manifest": cohort.chosen.hash(),
+                "files": fingerprint([cohort.store.key(volume) for volume in cohort.store.volumes]),
             },
             on_event=on_event,
         )

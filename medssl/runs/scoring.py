@@ -169,7 +169,10 @@ def mean_dice(network: nn.Module, cohort: Cohort, volumes: Sequence[int], config
 
 
 def save_overlays(config: FinetuneConfig, cohort: Cohort, per_case: pd.DataFrame, folder: Path) -> None:
-    """Write the slices that the report shows: best, median and worst case of the last arm's largest label fraction."""
+    """Write the slices that the report shows: best, median and worst case of the last arm's first draw.
+
+    With 2 labelled volumes where the grid has them, else with the fewest.
+    """
     if config.save_predictions != "all":
         return
     arm = config.grid.arms[-1].name

@@ -122,7 +122,7 @@ def open_cohort(
 
 
 def with_label_values(settings: PrepareConfig, classes: tuple[LabelClass, ...], manifest: Manifest) -> PrepareConfig:
-    """The same preparation, told which class each value of the label files is, where values are not class numbers.
+    """The same preparation, told which class each value of the label files is; any other value is then refused.
 
     A column ``label_alias`` (``421=420``) says that a value occurs that means another one.
 
@@ -151,8 +151,6 @@ def with_label_values(settings: PrepareConfig, classes: tuple[LabelClass, ...], 
                 found=f"{given}, by the names it is {values}",
                 fix="remove label_values: the classes are numbered in the order of the named values",
             )
-        return settings
-    if all(value == number for value, number in values.items()):
         return settings
     return settings.model_copy(update={"label_values": values})
 

@@ -126,7 +126,8 @@ def class_numbers(
             "label values without a class number",
             where=where,
             found=", ".join(str(value) for value in unknown[:10]),
-            fix="list each value with its class number (0 to 255) under label_values",
+            fix="name these values in manifest.meta.yaml (label_names), or give each its class number, 0 to 255, "
+            "under data.prepare.label_values",
         )
     lookup = np.zeros(int(present.max()) + 1, dtype=np.uint8)
     for value in present:

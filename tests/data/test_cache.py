@@ -249,7 +249,7 @@ def test_a_killed_preparation_goes_on_and_its_litter_is_removed(tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not list(cache.glob("volumes/*/geometry.json")):
+    while time.monotonic() < deadline and not list(cache.glob("volumes/[!.]*/geometry.json")):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()

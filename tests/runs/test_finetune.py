@@ -1,6 +1,8 @@
 import json
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pandas as pd
 import pytest
 from small_runs import contents, finetune_values, pretrain_values, small_cohort
@@ -122,3 +124,34 @@ def test_more_labels_than_people(root, manifest):
         finetune(settings(manifest, root, name="too-many", grid=grid))
     assert caught.value.fix
     assert not (root / "runs" / "too-many").exists()
+
+
+def test_a_label_file_edited_between_two_sittings_is_not_mixed_in(tmp_path):
+    """The manifest is the same; only the content of one training label changed."""
+    manifest = small_cohort(tmp_path / "data")
+    config = validate(FinetuneConfig, finetune_values(manifest, tmp_path), source="test")
+    finetune(config)
+    train = next(iter((tmp_path / "runs/finetune/cells").glob("scratch-n1-*"))) / "result.json"
+    case = json.loads(train.read_text())["result"]["train"][0]
+    table = pd.read_csv(manifest)
+    label = manifest.parent / table.loc[table["subject"] == case.split("_")[0], "label"].iloc[0]
+    image = nib.load(label)
+    voxels = np.asarray(image.dataobj).copy()
+    voxels[:4] = 0
+    nib.save(nib.Nifti1Image(voxels, image.affine), label)
+    with pytest.raises(ConfigError, match="other settings or data"):
+        finetune(config, resume=True)
+
+
+def test_a_label_value_without_a_name_is_refused_before_training_and_names_the_case(tmp_path):
+    manifest = small_cohort(tmp_path / "data")
+    label = manifest.parent / pd.read_csv(manifest)["label"].iloc[0]
+    image = nib.load(label)
+    voxels = np.asarray(image.dataobj).copy()
+    voxels[0, 0, 0] = 9
+    nib.save(nib.Nifti1Image(voxels, image.affine), label)
+    config = validate(FinetuneConfig, finetune_values(manifest, tmp_path), source="test")
+    with pytest.raises(DataError, match=r"found:  9(.|\n)*label_names") as caught:
+        finetune(config)
+    assert pd.read_csv(manifest)["subject"].iloc[0] in str(caught.value)
+    assert not (tmp_path / "runs").exists()

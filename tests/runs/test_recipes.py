@@ -63,7 +63,8 @@ def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipes")
     data = folder / "DATA"
     write_acdc(data / "acdc", n_training=6, n_testing=1)
-    tasks = {name: [f"{name}_{n:02d}" for n in range(8)] for name in ("prostate", "hippocampus")}
+    counts = {"prostate": 8, "hippocampus": 14}
+    tasks = {name: [f"{name}_{n:02d}" for n in range(count)] for name, count in counts.items()}
     write_msd(
         data / "Task05_Prostate",
         "Prostate",
