@@ -151,7 +151,7 @@ def test_a_label_value_without_a_name_is_refused_before_training_and_names_the_c
     voxels[0, 0, 0] = 9
     nib.save(nib.Nifti1Image(voxels, image.affine), label)
     config = validate(FinetuneConfig, finetune_values(manifest, tmp_path), source="test")
-    with pytest.raises(DataError, match=r"found:  9(.|\n)*label_names") as caught:
+    with pytest.raises(DataError, match=r"found: 9(.|\n)*label_names") as caught:
         finetune(config)
     assert pd.read_csv(manifest)["subject"].iloc[0] in str(caught.value)
     assert not (tmp_path / "runs").exists()
