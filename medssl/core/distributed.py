@@ -99,15 +99,6 @@ def _gather(tree: Any) -> Any:
     raise TypeError(f"gather takes tensors, None, tuples, lists, mappings and dataclasses, not {type(tree).__name__}")
 
 
-def any_process(flag: bool, device: torch.device | str = "cpu") -> bool:
-    """Whether ``flag`` is true on at least one process (all must call this together)."""
-    if world_size() == 1:
-        return flag
-    value = torch.tensor([int(flag)], device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
-
-
 def barrier() -> None:
     """Wait until every process is here; nothing to wait for with one."""
     if world_size() > 1:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-import torch
 
 # One number per use, so that two uses of the same (seed, step, ...) never share a stream.
 SAMPLER: Final = 1
@@ -31,13 +30,6 @@ def derive_seed(*keys: int) -> int:
     """A 63-bit seed determined by ``keys`` (non-negative integers) alone."""
     low, high = np.random.SeedSequence([int(key) for key in keys]).generate_state(2, np.uint32).tolist()
     return int(low | (high << 32)) & (2**63 - 1)
-
-
-def torch_rng(*keys: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A torch generator on ``device`` determined by ``keys`` alone (streams of different device types differ)."""
-    generator = torch.Generator(device=device)
-    generator.manual_seed(derive_seed(*keys))
-    return generator
 
 
 def permutation(n: int, *keys: int) -> np.ndarray:

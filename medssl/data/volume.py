@@ -102,6 +102,14 @@ def suffix_of(path: Path) -> str:
     )
 
 
+def stem_of(path: Path) -> str:
+    """The file name without its known ending (``a`` for ``a.nii.gz``), or without its last one."""
+    for suffix in SUFFIXES:
+        if path.name.lower().endswith(suffix):
+            return path.name[: -len(suffix)]
+    return path.stem
+
+
 def check_file(path: Path, *, max_bytes: int = MAX_BYTES) -> None:
     """Raise DataError unless ``path`` is an ordinary file that is worth opening (a FIFO would hang, a device too)."""
     try:

@@ -13,7 +13,7 @@ import pandas as pd
 from medssl.core.errors import DataError
 from medssl.core.files import write_json
 from medssl.data.manifest import Manifest, read_manifest
-from medssl.data.volume import SUFFIXES, affines_agree, read_header, read_label
+from medssl.data.volume import SUFFIXES, affines_agree, read_header, read_label, stem_of
 from medssl.evaluation.segmentation import summarise
 from medssl.reporting.tables import write_csv
 from medssl.runs.cohort import Outcome
@@ -85,13 +85,13 @@ def _match(folder: Path, manifest: Manifest, whole: Manifest) -> dict[int, Path]
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.name.lower().endswith(SUFFIXES):
-            if _stem(path) in found:
+            if stem_of(path) in found:
                 raise DataError(
                     "two predictions have one name",
-                    where=f"{found[_stem(path)]} and {path}",
+                    where=f"{found[stem_of(path)]} and {path}",
                     fix="leave one of them in the folder",
                 )
-            found[_stem(path)] = path
+            found[stem_of(path)] = path
     table = manifest.table
     usable, missing, files = _names(whole), [], {}
     for volume, case in zip(table["volume"], table["case"]):
@@ -117,7 +117,7 @@ def _names(manifest: Manifest) -> dict[int, list[str]]:
     """
     table = manifest.table
     names = {
-        int(volume): [str(case), str(subject), _stem(manifest.image_paths(int(volume))[0])]
+        int(volume): [str(case), str(subject), stem_of(manifest.image_paths(int(volume))[0])]
         for volume, case, subject in zip(table["volume"], table["case"], table["subject"])
     }
     owner = {own[0]: volume for volume, own in names.items()}
@@ -126,13 +126,6 @@ def _names(manifest: Manifest) -> dict[int, list[str]]:
         volume: [name for name in own if owner.get(name, volume) == volume and (name in owner or claims[name] == 1)]
         for volume, own in names.items()
     }
-
-
-def _stem(path: Path) -> str:
-    for suffix in SUFFIXES:
-        if path.name.lower().endswith(suffix):
-            return path.name[: -len(suffix)]
-    return path.stem
 
 
 def _outcome(per_case: pd.DataFrame, out: Path | None) -> Outcome:

@@ -22,7 +22,7 @@ from medssl.core.files import atomic_write, write_json
 from medssl.core.schema import validate
 from medssl.data.manifest import Manifest, ManifestMeta, read_manifest
 from medssl.data.store import CaseGeometry
-from medssl.data.volume import SUFFIXES, read_header, read_volume, write_nifti
+from medssl.data.volume import SUFFIXES, read_header, read_volume, stem_of, write_nifti
 from medssl.inference.config import InferenceConfig
 from medssl.models import ENCODERS, SegmentationNet, build_decoder
 from medssl.runs.scoring import predict_native
@@ -230,7 +230,7 @@ def input_manifest(inputs: Path, *, channels: int = 1) -> Manifest:
         raise DataError(
             "nothing to segment", where=str(inputs), fix=f"name a manifest.csv, a volume, or a folder of {SUFFIXES}"
         )
-    table = pd.DataFrame({"subject": [_stem(path) for path in files], "image": [path.name for path in files]})
+    table = pd.DataFrame({"subject": [stem_of(path) for path in files], "image": [path.name for path in files]})
     repeated = table["subject"][table["subject"].str.lower().duplicated(keep=False)]
     if len(repeated):
         raise DataError(
@@ -250,11 +250,3 @@ def _is_4d(path: Path) -> bool:
         return read_header(path).n_frames > 1
     except DataError:
         return False  # reported with its cause when it is segmented
-
-
-def _stem(path: Path) -> str:
-    name = path.name
-    for suffix in SUFFIXES:
-        if name.lower().endswith(suffix):
-            return name[: -len(suffix)]
-    return path.stem
