@@ -1,7 +1,7 @@
 """The records that samplers, views and methods are written against.
 
 Dimension letters: N items, V views, D embedding, C channels, X Y Z voxels in RAS order.
-Volumes are ``(N, C, X, Y, Z)``, slices ``(N, C, X, Y)``.
+Volumes are ``(N, C, X, Y, Z)``, slices ``(N, C, X, Y)``, rows of a feature table ``(N, C)``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from medssl.core.errors import ShapeError
 
 Ints = npt.NDArray[np.int64]
+IMAGES: Final = frozenset({2, 3})
+"""The spatial dimensions of images, for methods that need a grid of voxels."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,15 @@ class LossOutput:
         loss: Scalar with gradient.
         logs: Detached scalars, written to ``metrics.csv``.
         embedding: Detached ``(rows, D)`` embedding of the batch, watched for collapse; None where there is none.
+        features: With gradient, of this process's own items as view 0 shows them: ``h`` ``(N, F)``, the encoder's
+            output, and ``z`` ``(N, D)``, the raw projection. What a regulariser that is added to any method works on;
+            a method without such an embedding leaves it empty.
     """
 
     loss: Tensor
     logs: Mapping[str, Tensor] = field(default_factory=dict)
     embedding: Tensor | None = None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ class Needs:
         samplers: Names of the samplers it works with; empty: any.
         partitions: Items must carry partitions.
         labels: Columns of the manifest (or ``label_map``) that each item must have.
-        spatial_dims: Where its definition allows it.
+        spatial_dims: Where its definition allows it; 0 are rows of a feature table.
         decoder: It needs (and trains) decoder blocks.
         min_batch: Smallest global batch.
         trains: Which weights it leaves behind.
@@ -132,7 +138,7 @@ class Needs:
     samplers: frozenset[str] = frozenset()
     partitions: bool = False
     labels: tuple[str, ...] = ()
-    spatial_dims: frozenset[int] = frozenset({2, 3})
+    spatial_dims: frozenset[int] = frozenset({0, 2, 3})
     decoder: bool = False
     min_batch: int = 1
     trains: tuple[str, ...] = ("encoder",)
@@ -155,7 +161,7 @@ class ModelParts:
 
     @property
     def spatial_dims(self) -> int:
-        """2 for slices, 3 for volumes and slabs."""
+        """2 for slices, 3 for volumes and slabs, 0 for rows of a feature table."""
         return len(self.image_shape) - 1
 
 
@@ -166,16 +172,26 @@ EmbedAll = Callable[[], tuple[Tensor, Mapping[str, Tensor]]]
 class Method(nn.Module, ABC):
     """One training objective. Owns its networks; knows no trainer, file or logger.
 
-    The attributes ``encoder`` and ``decoder`` (a module or None) are what is exported after training.
+    The attributes ``encoder``, ``decoder`` and ``head`` (modules; the last two may be None) are what is exported after
+    training. ``head`` turns the encoder's output h into the projection z.
     """
 
     encoder: nn.Module
     decoder: nn.Module | None
+    head: nn.Module | None
 
     def __init__(self) -> None:
         super().__init__()
-        # A class attribute would hide a decoder that is assigned later.
+        # A class attribute would hide a module that is assigned later.
         self.register_module("decoder", None)
+        self.register_module("head", None)
+
+    def fit_labels(self, table: ItemTable) -> None:  # noqa: B027 - most methods learn nothing from the labels alone
+        """Look once at the labels of everything that is trained on, before step 0 (mean age, number of classes).
+
+        What is learnt goes into buffers, so that a resumed run and exported weights have it. Called by a run, not by
+        the loop.
+        """
 
     @abstractmethod
     def training_loss(self, batch: ViewBatch) -> LossOutput:

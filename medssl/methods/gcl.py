@@ -8,7 +8,7 @@ from pydantic import PositiveFloat, PositiveInt
 
 from medssl.core.distributed import gather
 from medssl.core.schema import StrictModel
-from medssl.core.types import LossOutput, Method, ModelParts, Needs, ViewBatch
+from medssl.core.types import IMAGES, LossOutput, Method, ModelParts, Needs, ViewBatch
 from medssl.losses import global_contrastive
 from medssl.methods.entry import split_views, stacked_views
 from medssl.models.heads import GlobalHead, Pool
@@ -37,8 +37,15 @@ class GCLConfig(StrictModel):
     def needs(self) -> Needs:
         """gd- and gd need whole sets of partitions of several volumes, and the item itself as view 0."""
         if self.strategy == "gr":
-            return Needs(views=2, min_batch=2)
-        return Needs(views=3, original=True, samplers=frozenset({"partition"}), partitions=True, min_batch=2)
+            return Needs(views=2, spatial_dims=IMAGES, min_batch=2)
+        return Needs(
+            views=3,
+            original=True,
+            samplers=frozenset({"partition"}),
+            partitions=True,
+            spatial_dims=IMAGES,
+            min_batch=2,
+        )
 
 
 class GCL(Method):

@@ -14,7 +14,7 @@ from medssl.core.errors import ConfigError
 from medssl.core.schema import StrictModel
 from medssl.core.seeding import REGIONS, numpy_rng
 from medssl.core.transfer import onto
-from medssl.core.types import LossOutput, Method, ModelParts, Needs, ViewBatch
+from medssl.core.types import IMAGES, LossOutput, Method, ModelParts, Needs, ViewBatch
 from medssl.losses import local_contrastive, nearest_negatives, region_corners
 from medssl.methods.entry import stacked_views
 from medssl.models.heads import LocalHead
@@ -44,6 +44,7 @@ class LCLConfig(StrictModel):
         """Views that leave every voxel where it is, and a decoder; ld also partitions."""
         samplers = frozenset({"partition", "partition_pairs"}) if self.strategy == "ld" else frozenset[str]()
         return Needs(
+            spatial_dims=IMAGES,
             views=2,
             moves="none",
             samplers=samplers,

@@ -13,7 +13,7 @@ from medssl.core.errors import ConfigError, InputError
 from medssl.core.schema import StrictModel
 from medssl.core.seeding import MIXUP, numpy_rng, permutation
 from medssl.core.transfer import onto
-from medssl.core.types import LossOutput, Method, ModelParts, Needs, ViewBatch
+from medssl.core.types import IMAGES, LossOutput, Method, ModelParts, Needs, ViewBatch
 from medssl.models.decoders import SegmentationNet
 
 SMOOTH: Final = 1e-5
@@ -48,7 +48,7 @@ class SegmentationConfig(StrictModel):
 
     def needs(self) -> Needs:
         """One view of each item, with its label map."""
-        return Needs(views=1, labels=("label_map",), decoder=True, trains=("encoder", "decoder"))
+        return Needs(views=1, labels=("label_map",), spatial_dims=IMAGES, decoder=True, trains=("encoder", "decoder"))
 
 
 class Segmentation(Method):
