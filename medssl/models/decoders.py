@@ -71,14 +71,22 @@ def build_decoder(encoder: Any, *, blocks: int | None = None, norm: Norm | None 
     """A decoder for ``encoder``, on the CPU, with weights determined by ``seed``.
 
     Args:
-        encoder: Has ``width`` and ``strides``.
+        encoder: A U-Net's: has ``width`` and ``strides``.
         blocks: How many, counted from the coarsest; None: all.
         norm: None: the encoder's.
         seed: Seed of the run.
 
     Raises:
-        ConfigError: More blocks than the encoder has poolings, or none.
+        ConfigError: An encoder without the maps that skips need; more blocks than it has poolings, or none.
     """
+    if getattr(encoder, "strides", None) is None:
+        name = getattr(encoder, "architecture", {}).get("config", {}).get("name", type(encoder).__name__)
+        raise ConfigError(
+            "a decoder needs the maps of a U-Net's encoder, one at the resolution of the image",
+            where="model.encoder",
+            found=f"`{name}`",
+            fix="use unet2d or unet3d for segmentation, lcl and other methods that train a decoder",
+        )
     most = len(encoder.width) - 1
     blocks = most if blocks is None else blocks
     if not 1 <= blocks <= most:

@@ -26,9 +26,9 @@ def seeded_init(seed: int, part: int) -> Iterator[None]:
 
 
 def he_normal(module: nn.Module) -> None:
-    """He et al. 2015 (arXiv:1502.01852) normal weights for the convolutions of ``module``, biases 0."""
+    """He et al. 2015 (arXiv:1502.01852) normal weights for convolutions and linear maps of ``module``, biases 0."""
     for layer in module.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
+        if isinstance(layer, (nn.Conv2d, nn.Conv3d, nn.Linear)):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

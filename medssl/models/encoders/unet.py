@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from medssl.core.errors import ConfigError, ShapeError
 from medssl.core.schema import StrictModel
 from medssl.models.blocks import MAX_POOL, double_conv
+from medssl.models.encoders.checks import check_axes, check_input
 from medssl.models.initialise import ENCODER, he_normal, seeded_init
 from medssl.models.norm import Norm
 
@@ -143,13 +144,7 @@ class UNetEncoder(nn.Module):
         return self.feature_maps(x)[-1].flatten(2).mean(2)
 
     def _check(self, x: Tensor) -> None:
-        if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels:
-            raise ShapeError(
-                f"a {self.dims}D encoder of {self.in_channels} channels takes (N, {self.in_channels}, "
-                + ", ".join("XYZ"[: self.dims])
-                + ")",
-                found=str(tuple(x.shape)),
-            )
+        check_input(x, self.dims, self.in_channels)
         shortest = [2 ** sum(stride[axis] == 2 for stride in self.strides) for axis in range(self.dims)]
         if any(n < least for n, least in zip(x.shape[2:], shortest)):
             raise ShapeError(
@@ -173,12 +168,7 @@ def build_unet(
     Raises:
         ConfigError: `strides: auto` without a size, or a size with the wrong number of axes.
     """
-    if spatial is not None and len(spatial) != config.dims:
-        raise ConfigError(
-            f"encoder `{config.name}` takes {config.dims}D items",
-            found=f"items of size {tuple(spatial)}",
-            fix="choose the encoder that fits items.geometry",
-        )
+    check_axes(config.name, config.dims, spatial)
     strides = config.strides
     if isinstance(strides, str):
         if spatial is None:
