@@ -50,8 +50,7 @@ class FeatureTable:
     Attributes:
         names: Of the F features.
         values: (n, F) float32; NaN where a cell is missing.
-        keys: The n rows' other columns: ids, site and the like as text as it was written (None: missing), age and others
-            as numbers.
+        keys: The n rows' other columns: ids, site and the like as text (None: missing), age and others as numbers.
     """
 
     names: tuple[str, ...]
