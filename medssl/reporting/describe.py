@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -10,7 +10,18 @@ import pandas as pd
 import yaml
 
 from medssl.reporting.source import RunFiles
-from medssl.reporting.text import MISSING, clean, clean_tree, duration, excludes_zero, finite, missing, number, signed
+from medssl.reporting.text import (
+    MISSING,
+    clean,
+    clean_tree,
+    duration,
+    excludes_zero,
+    finite,
+    missing,
+    number,
+    signed,
+    spread,
+)
 
 MAX_ROWS: Final = 200
 
@@ -25,7 +36,7 @@ class Table:
     numeric: frozenset[str] = field(default_factory=frozenset)
 
 
-def _table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> Table | None:
+def table_of(caption: str, columns: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> Table | None:
     """A table whose first ``words`` columns are text; None when it would be empty, cut when it would be endless."""
     rows = list(rows)
     if len(rows) > MAX_ROWS:
@@ -55,9 +66,7 @@ def score_table(summary: Mapping[str, Any]) -> Table | None:
         [
             clean(row["arm"], 60),
             f"{_whole(row['n_labelled'])} + {_whole(row.get('n_validation'))}",
-            f"{number(row.get('mean'))} ± {number(row.get('sd'))}"
-            if finite(row.get("sd")) is not None
-            else number(row.get("mean")),
+            spread(row.get("mean"), row.get("sd")),
             f"{number(row.get('min'))} to {number(row.get('max'))}",
             number(row.get("hd95_mm"), 1),
             _whole(row.get("missed")),
@@ -70,7 +79,7 @@ def score_table(summary: Mapping[str, Any]) -> Table | None:
         "the standard deviation over draws and seeds. HD95 counts a missed structure with the diagonal of the image; "
         "missed is the number of structures that are in the label and not found."
     )
-    return _table(caption, columns, rows)
+    return table_of(caption, columns, rows)
 
 
 def paired_table(summary: Mapping[str, Any]) -> Table | None:
@@ -95,7 +104,7 @@ def paired_table(summary: Mapping[str, Any]) -> Table | None:
     caption = (
         "Differences in Dice over the same test people and draws; interval from a bootstrap over people and over draws."
     )
-    return _table(caption, columns, rows, words=2)
+    return table_of(caption, columns, rows, words=2)
 
 
 def gap_table(summary: Mapping[str, Any]) -> Table | None:
@@ -107,7 +116,7 @@ def gap_table(summary: Mapping[str, Any]) -> Table | None:
     caption = (
         "Share of the distance between the baseline and training with all labels; below 0 is worse than the baseline."
     )
-    return _table(caption, ["arm", "training labels", "gap closed"], rows)
+    return table_of(caption, ["arm", "training labels", "gap closed"], rows)
 
 
 def _percent(value: Any) -> str:
@@ -115,34 +124,36 @@ def _percent(value: Any) -> str:
     return MISSING if known is None else f"{100 * known:.0f} %".replace("-", "\u2212")
 
 
-def cell_table(cells: pd.DataFrame | None) -> Table | None:
-    """Every fine-tuning: when its best checkpoint was, how long it took, how it ended."""
+def cell_table(cells: pd.DataFrame | None, caption: str = "Every fine-tuning of this run.") -> Table | None:
+    """Every training of a run of many: what it was, when its best checkpoint was, how long it took, how it ended."""
     if cells is None or cells.empty:
         return None
-    names = [
-        "arm",
-        "status",
-        "n_labelled",
-        "n_validation",
-        "draw",
-        "seed",
-        "best_step",
-        "best_score",
-        "steps",
-        "seconds",
-    ]
-    titles = {"n_labelled": "train labels", "n_validation": "validation labels", "best_step": "best step"}
-    titles |= {"best_score": "best validation score", "seconds": "time"}
-    names = [name for name in names if name in cells]
-    form = {"best_score": number, "seconds": duration, "arm": clean, "status": clean}
-    rows = [[form.get(name, _whole)(_plain(row[name])) for name in names] for _, row in cells.iterrows()]
-    words = sum(name in ("arm", "status") for name in names)
-    return _table("Every fine-tuning of this run.", [titles.get(n, n) for n in names], rows, words)
+    names = [name for name in _CELL if name in cells]
+    rows = [[_CELL[name][1](_plain(row[name])) for name in names] for _, row in cells.iterrows()]
+    return table_of(caption, [_CELL[n][0] for n in names], rows, sum(_CELL[name][1] is clean for name in names))
 
 
 def _plain(value: Any) -> Any:
     """A Python value for a numpy one."""
     return value.item() if hasattr(value, "item") else value
+
+
+# Columns of eval/cells.csv in the order in which they are shown: title and form. Texts come first.
+_CELL: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
+    "arm": ("arm", clean),
+    "status": ("status", clean),
+    "collapse": ("collapse", clean),
+    "n_labelled": ("train labels", _whole),
+    "n_validation": ("validation labels", _whole),
+    "draw": ("draw", _whole),
+    "fold": ("fold", _whole),
+    "seed": ("seed", _whole),
+    "best_step": ("best step", _whole),
+    "best_score": ("best validation score", number),
+    "final_loss": ("final loss", number),
+    "steps": ("steps", _whole),
+    "seconds": ("time", duration),
+}
 
 
 def data_table(run: RunFiles) -> Table | None:
@@ -193,7 +204,7 @@ _EXTRA: Final = {"site": _sites, "sex": _sexes, "age": _ages}
 
 def pairs_table(caption: str, values: Mapping[str, Any], heads: tuple[str, str] = ("what", "value")) -> Table | None:
     """Names and values, nested mappings joined by dots."""
-    return _table(caption, heads, [[clean(key), clean(value, 400)] for key, value in _flat(values)], words=2)
+    return table_of(caption, heads, [[clean(key), clean(value, 400)] for key, value in _flat(values)], words=2)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -2,66 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
-import jinja2
-
-from medssl.core.files import atomic_write
 from medssl.reporting import curves, scores
-from medssl.reporting.describe import (
-    Table,
-    cell_table,
-    data_table,
-    gap_table,
-    licence_table,
-    paired_table,
-    pairs_table,
-    score_table,
-    settings_text,
-)
+from medssl.reporting.describe import cell_table, gap_table, paired_table, pairs_table, score_table
 from medssl.reporting.drawing import Picture
+from medssl.reporting.page import Section, data_section, notes, some, write_page
 from medssl.reporting.source import RunFiles, read_run, run_kind
 from medssl.reporting.text import Verdict, clean, duration, finite, segmentation_verdict
 
-log = logging.getLogger(__name__)
-
 MAX_PICTURE_BYTES: Final = 20_000_000
-
-
-@dataclass
-class Section:
-    """One heading of the page; a section without content says why in ``empty``."""
-
-    key: str
-    title: str
-    empty: str
-    pictures: Sequence[Picture] = ()
-    tables: Sequence[Table] = ()
-    texts: Sequence[str] = ()
-    overlays: Sequence[Picture] = ()
-    code: str = ""
-    folded: bool = False
-
-    @property
-    def filled(self) -> bool:
-        """True when there is something to show."""
-        return bool(self.pictures or self.tables or self.texts or self.overlays or self.code)
-
-
-@dataclass
-class Page:
-    """What the template is given."""
-
-    name: str
-    kind: str
-    facts: list[str]
-    verdict: Verdict
-    sections: list[Section] = field(default_factory=list)
-    gaps: list[str] = field(default_factory=list)
 
 
 def build_report(run_dir: Path) -> Path:
@@ -74,14 +27,12 @@ def build_report(run_dir: Path) -> Path:
         DiskError: The report cannot be written.
     """
     run_dir = Path(run_dir)
-    return segmentation_report(run_dir) if run_kind(run_dir) == "segmentation" else pretrain_report(run_dir)
+    return _REPORTS[run_kind(run_dir)](run_dir)
 
 
 def segmentation_report(run_dir: Path) -> Path:
     """Build the report of a fine-tuning run; see ``build_report``."""
     run = read_run(run_dir, "segmentation")
-    verdict = segmentation_verdict(run.summary)
-    verdict.cautions = [*_state_cautions(run), *verdict.cautions]
     chart = scores.dice_by_labels(run.summary, run.per_case)
     forest = scores.paired_differences(run.summary)
     boxes = scores.class_boxes(run.summary, run.per_case)
@@ -91,28 +42,28 @@ def segmentation_report(run_dir: Path) -> Path:
     left_out = pairs_table("Cases and structures that no score counts.", _named(summary.get("left_out")))
     leak = pairs_table("Check that no person is on both sides of a split.", _named(summary.get("leak_check")))
     sections = [
-        Section("results", "Results", "No scores are available.", _some(chart, forest), _some(score_table(summary))),
+        Section("results", "Results", "No scores are available.", some(chart, forest), some(score_table(summary))),
         Section(
             "paired",
             "Comparisons",
             "No paired comparison is available.",
             (),
-            _some(paired_table(summary), gap_table(summary)),
+            some(paired_table(summary), gap_table(summary)),
         ),
-        Section("classes", "Structures", "No scores of single cases are available.", _some(boxes)),
+        Section("classes", "Structures", "No scores of single cases are available.", some(boxes)),
         Section(
             "examples",
             "Examples",
             "No example pictures were kept.",
             overlays=[scores.overlay_picture(o) for o in run.overlays],
         ),
-        Section("training", "Training", "No training logs were found.", _some(training, monitors)),
-        Section("data", "Data", "The manifest was not found.", (), _some(data_table(run), licence_table(run))),
-        Section("left-out", "Left out and checks", "Nothing was recorded.", (), _some(left_out, leak), _notes(summary)),
+        Section("training", "Training", "No training logs were found.", some(training, monitors)),
+        data_section(run),
+        Section("left-out", "Left out and checks", "Nothing was recorded.", (), some(left_out, leak), notes(summary)),
     ]
-    cells = _some(cell_table(run.cells))
+    cells = some(cell_table(run.cells))
     sections.append(Section("cells", "All fine-tunings", "eval/cells.csv was not found.", (), cells, folded=True))
-    return _write(run, Page(_name(run), "Few-label segmentation", _facts(run), verdict), sections)
+    return write_page(run, "Few-label segmentation", segmentation_verdict(run.summary), sections)
 
 
 def pretrain_report(run_dir: Path) -> Path:
@@ -129,15 +80,15 @@ def pretrain_report(run_dir: Path) -> Path:
     saved = pairs_table("Saved weights: number of tensors.", weights, ("part", "tensors"))
     views = _views(run)
     sections = [
-        Section("training", "Training", "No training log was found.", _some(curves.pretraining_curves(run.metrics))),
-        Section("views", "Views", "No picture of the views was kept.", _some(views)),
+        Section("training", "Training", "No training log was found.", some(curves.pretraining_curves(run.metrics))),
+        Section("views", "Views", "No picture of the views was kept.", some(views)),
         Section(
             "summary", "Summary", "eval/pretrain.json was not found.", (),
-            _some(pairs_table("The run.", facts), saved),
+            some(pairs_table("The run.", facts), saved),
         ),
-        Section("data", "Data", "The manifest was not found.", (), _some(data_table(run), licence_table(run))),
+        data_section(run),
     ]  # fmt: skip
-    return _write(run, Page(_name(run), "Pretraining", _facts(run), _pretrain_verdict(run)), sections)
+    return write_page(run, "Pretraining", _pretrain_verdict(run), sections)
 
 
 def _pretrain_verdict(run: RunFiles) -> Verdict:
@@ -161,35 +112,7 @@ def _pretrain_verdict(run: RunFiles) -> Verdict:
         for sign in collapse or []
     ]
     use = "A loss says nothing about use: whether pretraining helps is decided by fine-tuning on labels."
-    return Verdict(f"{begin}; {end}.", [f"Sign of collapse: {sign}" for sign in signs], [*_state_cautions(run), use])
-
-
-def _state_cautions(run: RunFiles) -> list[str]:
-    state = run.status.get("state")
-    if state in ("done", "finished", "completed"):
-        return []
-    if state is None:
-        return ["It is not recorded whether this run finished."]
-    cause = f" ({clean(run.status['error'], 300)})" if run.status.get("error") else ""
-    return [f"This run is not finished; its state is `{clean(state, 40)}`{cause}. The report shows what is there."]
-
-
-def _facts(run: RunFiles) -> list[str]:
-    """The line under the title: when, how long, on what, with which version."""
-    facts = [f"started {clean(run.status['started'], 40)}"] if run.status.get("started") else []
-    facts += [f"took {duration(run.status['seconds'])}"] if finite(run.status.get("seconds")) is not None else []
-    facts += [f"on {clean(run.environment['device'], 60)}"] if run.environment.get("device") else []
-    facts += [f"medssl {clean(run.environment['medssl'], 30)}"] if run.environment.get("medssl") else []
-    return facts
-
-
-def _name(run: RunFiles) -> str:
-    return clean(run.folder.resolve().name, 80)
-
-
-def _notes(summary: dict[str, Any]) -> list[str]:
-    notes = summary.get("notes") or []
-    return [clean(note, 600) for note in (notes if isinstance(notes, list) else [notes])]
+    return Verdict(f"{begin}; {end}.", [f"Sign of collapse: {sign}" for sign in signs], [use])
 
 
 def _named(value: Any) -> dict[str, Any]:
@@ -199,10 +122,6 @@ def _named(value: Any) -> dict[str, Any]:
     if isinstance(value, list):
         return {str(i): item for i, item in enumerate(value, 1)} or {"findings": "none"}
     return {} if value is None else {"finding": value}
-
-
-def _some(*items: Any) -> list[Any]:
-    return [item for item in items if item is not None]
 
 
 def _views(run: RunFiles) -> Picture | None:
@@ -227,27 +146,6 @@ def _views(run: RunFiles) -> Picture | None:
     return Picture("views", content, "png", "Augmented views of some training images", caption, "Views")
 
 
-def _write(run: RunFiles, page: Page, sections: list[Section]) -> Path:
-    """Add what both kinds share, write the figures and the page."""
-    versions = pairs_table("What the result depends on besides data and settings.", run.environment)
-    settings = Section("settings", "Settings", "config.yaml was not found.", code=settings_text(run), folded=True)
-    page.sections = [
-        *sections,
-        settings,
-        Section("versions", "Versions", "Not recorded.", (), _some(versions), folded=True),
-    ]
-    page.gaps = [clean(gap, 400) for gap in run.gaps]
-    for picture in (p for section in page.sections for p in (*section.pictures, *section.overlays)):
-        target = run.folder / "figures" / f"{picture.name}.{picture.suffix}"
-        if picture.name != "views":
-            atomic_write(target, picture.file)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("medssl.reporting", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    path = atomic_write(run.folder / "report.html", environment.get_template("report.html").render(page=page))
-    log.info("report written: %s", path)
-    return path
+_REPORTS: Final[Mapping[str, Callable[[Path], Path]]] = MappingProxyType(
+    {"segmentation": segmentation_report, "pretrain": pretrain_report}
+)

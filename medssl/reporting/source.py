@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -62,6 +63,8 @@ class RunFiles:
     metrics: pd.DataFrame | None = None
     curves: list[Curve] = field(default_factory=list)
     overlays: list[Overlay] = field(default_factory=list)
+    people: pd.DataFrame | None = None
+    maps: pd.DataFrame | None = None
     gaps: list[str] = field(default_factory=list)
 
     def attempt(self, name: str, read: Callable[[Path], T], consequence: str | None, fallback: T) -> T:
@@ -82,7 +85,7 @@ class RunFiles:
 
 
 def run_kind(folder: Path) -> str:
-    """``segmentation`` or ``pretrain``, from the files that a run leaves.
+    """``age_site``, ``segmentation`` or ``pretrain``, from the files that a run leaves.
 
     Raises:
         DataError: The folder does not exist or is not the folder of a run that can be reported.
@@ -90,6 +93,8 @@ def run_kind(folder: Path) -> str:
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError("no such run folder", where=str(folder), fix="name the folder of a run, such as runs/<name>")
+    if any((folder / name).exists() for name in ("eval/age_site.json", "eval/per_person.csv")):
+        return "age_site"
     finetuned = ("eval/summary.json", "eval/per_case.csv", "eval/cells.csv", "cells")
     if any((folder / name).exists() for name in finetuned):
         return "segmentation"
@@ -98,7 +103,7 @@ def run_kind(folder: Path) -> str:
     raise DataError(
         "nothing to report in this folder",
         where=str(folder),
-        found="neither eval/summary.json nor eval/pretrain.json nor logs/metrics.csv",
+        found="none of eval/summary.json, eval/age_site.json, eval/pretrain.json and logs/metrics.csv",
         fix="name the folder of a finished or started run",
     )
 
@@ -114,9 +119,15 @@ def read_run(folder: Path, kind: str) -> RunFiles:
     run.meta = meta if isinstance(meta, dict) else {}
     required = "training cannot be shown" if kind == "pretrain" else None
     run.metrics = run.attempt("logs/metrics.csv", _read_metrics, required, None)
-    if kind == "pretrain":
-        run.pretrain = run.attempt("eval/pretrain.json", _read_object, "the summary cannot be shown", {})
-        return run
+    _PARTS[kind](run)
+    return run
+
+
+def _read_pretrain_parts(run: RunFiles) -> None:
+    run.pretrain = run.attempt("eval/pretrain.json", _read_object, "the summary cannot be shown", {})
+
+
+def _read_segmentation_parts(run: RunFiles) -> None:
     run.summary = run.attempt("eval/summary.json", _read_summary, "scores and comparisons cannot be shown", {})
     run.per_case = run.attempt("eval/per_case.csv", _read_per_case, "single draws and classes cannot be shown", None)
     run.cells = run.attempt("eval/cells.csv", _read_table, "single fine-tunings cannot be listed", None)
@@ -132,7 +143,19 @@ def read_run(folder: Path, kind: str) -> RunFiles:
     run.overlays = [overlay for overlay in found if overlay is not None]
     if len(names) > MAX_OVERLAYS:
         run.gaps.append(f"{len(names) - MAX_OVERLAYS} more overlays are in eval/overlays and not shown.")
-    return run
+
+
+def _read_age_site_parts(run: RunFiles) -> None:
+    run.summary = run.attempt("eval/age_site.json", _read_age_site, "scores and comparisons cannot be shown", {})
+    consequence = "predicted ages, errors by decade and confusion of sites cannot be shown"
+    run.people = run.attempt("eval/per_person.csv", _read_people, consequence, None)
+    run.maps = run.attempt("eval/embedding_maps.csv", _read_maps, "embedding maps cannot be shown", None)
+    run.cells = run.attempt("eval/cells.csv", _read_table, None, None)
+
+
+_PARTS: Final[Mapping[str, Callable[[RunFiles], None]]] = MappingProxyType(
+    {"segmentation": _read_segmentation_parts, "pretrain": _read_pretrain_parts, "age_site": _read_age_site_parts}
+)
 
 
 def _rank(name: str) -> int:
@@ -146,15 +169,31 @@ def _read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_summary(path: Path) -> dict[str, Any]:
-    """A summary whose rows hold at least what they are looked up by."""
-    content = _read_object(path)
-    keys = {"table": ("arm", "n_labelled"), "paired": ("arm", "baseline", "n_labelled", "difference")}
-    for part, needed in keys.items():
-        for row in content.get(part) or []:
+def _rows_with(content: dict[str, Any], parts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """``content`` if the rows of its ``parts`` hold at least what they are looked up by."""
+    for part, needed in parts.items():
+        rows = content.get(part) or []
+        if not isinstance(rows, list):
+            raise ValueError(f"`{part}` is no list of rows")
+        for row in rows:
             lacking = [key for key in needed if not isinstance(row, dict) or row.get(key) is None]
             if lacking:
                 raise ValueError(f"a row of `{part}` without {', '.join(lacking)}")
+    return content
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    keys = ("arm", "baseline", "n_labelled", "difference")
+    return _rows_with(_read_object(path), {"table": ("arm", "n_labelled"), "paired": keys})
+
+
+def _read_age_site(path: Path) -> dict[str, Any]:
+    keys = ("arm", "baseline", "layer", "metric", "difference")
+    content = _rows_with(_read_object(path), {"rows": ("arm", "layer"), "paired": keys})
+    left_out = content.get("leave_site_out") or {}
+    if not isinstance(left_out, dict):
+        raise ValueError("`leave_site_out` is no object")
+    _rows_with(left_out, {"rows": ("arm",)})
     return content
 
 
@@ -172,6 +211,34 @@ def _read_per_case(path: Path) -> pd.DataFrame:
     for name in ("arm", "case", "class"):
         frame[name] = frame[name].astype(str)
     return frame[frame["arm"] != UPPER_BOUND].reset_index(drop=True)
+
+
+def _read_people(path: Path) -> pd.DataFrame:
+    return _read_labelled(path, ("arm", "layer", "set", "subject", "site"), ("age", "age_pred"), ("site_pred",))
+
+
+def _read_maps(path: Path) -> pd.DataFrame:
+    return _read_labelled(path, ("arm", "layer", "kind", "subject", "site"), ("x", "y", "age"), ("set",))
+
+
+def _read_labelled(
+    path: Path, words: Sequence[str], numbers: Sequence[str], optional: Sequence[str] = ()
+) -> pd.DataFrame:
+    """A table whose ``words`` are text (missing: an empty one) and whose ``numbers`` are float.
+
+    Sites are often numbers, and a missing one elsewhere in the column makes pandas write 7 as 7.0: read as 7 again.
+    """
+    frame = pd.read_csv(path, keep_default_na=False, dtype=str)
+    lacking = {*words, *numbers} - set(frame)
+    if lacking:
+        raise ValueError(f"columns missing: {', '.join(sorted(lacking))}")
+    for name in (*words, *(name for name in optional if name in frame)):
+        frame[name] = frame[name].str.replace(r"^(-?\d+)\.0$", r"\1", regex=True)
+    for name in numbers:
+        frame[name] = pd.to_numeric(frame[name], errors="coerce").replace([np.inf, -np.inf], np.nan)
+    for name in ("seed", "fold"):
+        frame[name] = pd.to_numeric(frame[name], errors="coerce").fillna(0) if name in frame else 0
+    return frame
 
 
 def _read_metrics(path: Path) -> pd.DataFrame:

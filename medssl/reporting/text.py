@@ -73,6 +73,12 @@ def signed(value: Any, digits: int = 3) -> str:
     return f"{known:+.{digits}f}".replace("-", "\u2212")
 
 
+def spread(mean: Any, sd: Any, digits: int = 3) -> str:
+    """A mean with its standard deviation, without it where it is not known (one seed, one draw)."""
+    known = finite(sd) is not None and finite(mean) is not None
+    return f"{number(mean, digits)} ± {number(sd, digits)}" if known else number(mean, digits)
+
+
 def duration(seconds: Any) -> str:
     """Seconds in the unit that fits."""
     known = finite(seconds)
