@@ -19,6 +19,7 @@ SPLIT: Final = 6
 MIXUP: Final = 7
 BOOTSTRAP: Final = 8
 COHORT: Final = 9
+MASK: Final = 10
 
 
 def numpy_rng(*keys: int) -> np.random.Generator:

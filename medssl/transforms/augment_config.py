@@ -130,6 +130,14 @@ class Cutout(StrictModel):
     fill: float = 0.0
 
 
+class Mask(StrictModel):
+    """Sets features of a row to 0, which is their mean once they are standardised; only for feature tables."""
+
+    probability: Probability = 1.0
+    share: Annotated[tuple[Probability, Probability], AfterValidator(_ordered)] = (0.1, 0.4)
+    """Each feature is masked with this probability, drawn once per item from the range. Ours."""
+
+
 class AugmentConfig(StrictModel):
     """One policy. Operations run in the order of the fields below, with ``clip`` between noise and cutout."""
 
@@ -143,6 +151,8 @@ class AugmentConfig(StrictModel):
     contrast: Contrast | None = None
     noise: Noise | None = None
     cutout: Cutout | None = None
+    mask: Mask | None = None
+    """Rows of feature tables take `noise` (in standard deviations) and `mask`, images everything but `mask`."""
     clip: Annotated[tuple[float, float], AfterValidator(_ordered)] | None = None
     """Limits of the intensities after noise, for every item; None: no limits."""
     size: tuple[PositiveInt, ...] | None = None
@@ -165,9 +175,15 @@ class AugmentConfig(StrictModel):
         """Refuse settings that images of ``spatial_dims`` axes cannot follow.
 
         Raises:
-            ConfigError: An axis that does not exist, or a list of the wrong length.
+            ConfigError: An axis that does not exist, a list of the wrong length, a change of voxels for rows of a
+                feature table (0 axes), or a mask of features for images.
         """
+        if spatial_dims == 0:
+            self._check_features()
+            return
         where = f"augment, for images with {spatial_dims} spatial axes"
+        if self.mask is not None:
+            raise ConfigError("mask is for feature tables", where=where, fix="use cutout for images")
         if self.slice_axis is not None and spatial_dims != 3:
             raise ConfigError(
                 "slice_axis is for volumes and slabs", where=where, fix="leave slice_axis out: a slice has no such axis"
@@ -187,3 +203,14 @@ class AugmentConfig(StrictModel):
                     found=f"{name}: {list(values)}",
                     fix=f"give {spatial_dims} numbers",
                 )
+
+    def _check_features(self) -> None:
+        given = [name for name in type(self).model_fields if name not in ("noise", "mask")]
+        others = [name for name in given if getattr(self, name) is not None]
+        if others:
+            raise ConfigError(
+                "rows of a feature table have no voxels to change",
+                where="views",
+                found=", ".join(others),
+                fix="set views.preset: features, or an augment with noise and mask only",
+            )

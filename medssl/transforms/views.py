@@ -10,7 +10,7 @@ from typing import Final
 from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
-from medssl.core.errors import ShapeError, nearest
+from medssl.core.errors import ConfigError, ShapeError, nearest
 from medssl.core.schema import StrictModel
 from medssl.core.transfer import onto
 from medssl.transforms.artefacts import Artefact, add_artefacts
@@ -25,6 +25,7 @@ from medssl.transforms.augment_config import (
     CropResize,
     Flip,
     Gamma,
+    Mask,
     Noise,
 )
 from medssl.transforms.geometry import inverse_theta, warp
@@ -65,6 +66,8 @@ PRESETS: Final[Mapping[str, AugmentConfig]] = MappingProxyType(
             contrast=Contrast(probability=0.5, factor=(0.8, 1.2)),
             noise=Noise(probability=0.2, std=(0.0, 0.05)),
         ),
+        # Rows of standardised features: jitter in standard deviations, and features taken away. Strengths are ours.
+        "features": AugmentConfig(noise=Noise(probability=0.8, std=(0.0, 0.3)), mask=Mask()),
         "none": AugmentConfig(),
     }
 )
@@ -138,8 +141,10 @@ def resolve_views(config: ViewsConfig, spatial_dims: int) -> ViewsConfig:
     """The same configuration with the preset written out as one policy per view, checked for these images.
 
     Raises:
-        ConfigError: A policy names an axis that the images do not have.
+        ConfigError: A policy does not fit images of so many axes (0: rows of a feature table).
     """
+    if spatial_dims == 0 and config.artefacts:
+        raise ConfigError("artefacts are for images", where="views.artefacts", fix="remove them for feature tables")
     for policy in config.policies:
         policy.check(spatial_dims)
     if config.n_augmented == 0:
@@ -160,7 +165,7 @@ def make_views(
     """Make the views of a batch; determined by (seed, step, slot, view) for each item on its own.
 
     Args:
-        images: (N, C, *spatial) float.
+        images: (N, C, *spatial) float, or rows of features (N, F).
         config: What to make.
         seed: The run's seed.
         step: The training step.
