@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from time import monotonic
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 
@@ -24,6 +25,21 @@ Result = dict[str, Any]
 _BEGUN = "begun.txt"
 _LOOK_S = 0.5
 """Seconds between looks at the flag that asks to stop."""
+_SAY_S = 5.0
+"""Seconds between lines about the cells, of which there may be hundreds of a second each."""
+
+
+class GridCell(Protocol):
+    """What a grid asks of its cells: a frozen dataclass of plain values with a name that is safe as a folder."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """Folder name of the cell, another for every cell."""
+
+
+AnyCell = TypeVar("AnyCell", bound=GridCell)
 
 
 @dataclass(frozen=True)
@@ -47,7 +63,7 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def check_keys(folder: Path, keys: Mapping[Cell, str], *, allow_changed: bool = False) -> None:
+def check_keys(folder: Path, keys: Mapping[AnyCell, str], *, allow_changed: bool = False) -> None:
     """Refuse to go on with a grid of which some cells were computed or begun with other settings.
 
     Args:
@@ -95,13 +111,13 @@ def finished(folder: Path, key: str) -> Result | None:
 
 
 def run_grid(
-    cells: Sequence[Cell],
-    run_cell: Callable[[Cell, Path], Result],
+    cells: Sequence[AnyCell],
+    run_cell: Callable[[AnyCell, Path], Result],
     folder: Path,
     *,
-    keys: Mapping[Cell, str],
+    keys: Mapping[AnyCell, str],
     jobs: int = 1,
-) -> dict[Cell, Result]:
+) -> dict[AnyCell, Result]:
     """Compute every cell that is not finished yet.
 
     Args:
@@ -115,7 +131,7 @@ def run_grid(
         Interrupted: A cell was asked to stop; it and those not begun are computed by a resumed run.
         MedsslError: The first failure, after the cells that were running have ended.
     """
-    results: dict[Cell, Result] = {}
+    results: dict[AnyCell, Result] = {}
     waiting = []
     for cell in cells:
         done = finished(folder / cell.name, keys[cell])
@@ -128,11 +144,27 @@ def run_grid(
     with StopFlag() as stop:
         if jobs > 1 and len(waiting) > 1:
             return results | _in_parallel(waiting, run_cell, folder, keys, jobs, stop)
-        for number, cell in enumerate(waiting, start=1):
+        said = _Said(len(waiting))
+        for number, cell in enumerate(waiting):
             _check_stop(stop)
-            log.info("cell %d of %d: %s", number, len(waiting), cell.name)
+            said.line(number, f"begins {cell.name}")
             results[cell] = _compute(run_cell, cell, folder / cell.name, keys[cell])
     return results
+
+
+class _Said:
+    """A line now and then: how many cells are done, and when the others will be."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.begun, self.last = total, monotonic(), float("-inf")
+
+    def line(self, done: int, what: str) -> None:
+        now = monotonic()
+        if now - self.last < _SAY_S and done < self.total:
+            return
+        self.last = now
+        left = f", {(now - self.begun) / done * (self.total - done):.0f} s left" if 0 < done < self.total else ""
+        log.info("%d of %d cells done, %s%s", done, self.total, what, left)
 
 
 def _check_stop(stop: StopFlag) -> None:
@@ -143,27 +175,28 @@ def _check_stop(stop: StopFlag) -> None:
         )
 
 
-def _compute(run_cell: Callable[[Cell, Path], Result], cell: Cell, folder: Path, key: str) -> Result:
+def _compute(run_cell: Callable[[AnyCell, Path], Result], cell: AnyCell, folder: Path, key: str) -> Result:
     atomic_write(folder / _BEGUN, key + "\n")
     result = run_cell(cell, folder)
     write_json(folder / "result.json", {"key": key, "cell": asdict(cell), "result": result})
     return result
 
 
-def _compute_alone(run_cell: Callable[[Cell, Path], Result], cell: Cell, folder: Path, key: str) -> Result:
+def _compute_alone(run_cell: Callable[[AnyCell, Path], Result], cell: AnyCell, folder: Path, key: str) -> Result:
     torch.set_num_threads(1)
     return _compute(run_cell, cell, folder, key)
 
 
 def _in_parallel(
-    waiting: Sequence[Cell],
-    run_cell: Callable[[Cell, Path], Result],
+    waiting: Sequence[AnyCell],
+    run_cell: Callable[[AnyCell, Path], Result],
     folder: Path,
-    keys: Mapping[Cell, str],
+    keys: Mapping[AnyCell, str],
     jobs: int,
     stop: StopFlag,
-) -> dict[Cell, Result]:
-    results: dict[Cell, Result] = {}
+) -> dict[AnyCell, Result]:
+    results: dict[AnyCell, Result] = {}
+    said = _Said(len(waiting))
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = {
@@ -176,7 +209,7 @@ def _in_parallel(
                 _check_stop(stop)
                 for future in done:
                     results[futures[future]] = future.result()
-                    log.info("%d of %d cells done: %s", len(results), len(waiting), futures[future].name)
+                    said.line(len(results), f"finished {futures[future].name}")
         except BaseException as error:
             for future in futures:
                 future.cancel()
