@@ -18,6 +18,7 @@ from medssl.data.leaks import Leak, refuse_leak
 from medssl.data.manifest import Manifest
 
 __all__ = [
+    "TEST_SPLITS",
     "LabelDraw",
     "Leak",
     "kfold",
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 AGE_BINS: Final = 5
+TEST_SPLITS: Final = ("test", "internal_test", "external_test")
+"""Splits that are only evaluated on: nobody in them may be trained on. OpenBHB has two, of seen and unseen sites."""
 
 
 def split_table(

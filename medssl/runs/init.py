@@ -19,6 +19,7 @@ from medssl.core.errors import ConfigError, DataError
 from medssl.core.files import atomic_write, parse_yaml
 from medssl.core.schema import validate
 from medssl.data.manifest import Manifest, read_manifest
+from medssl.data.splits import TEST_SPLITS
 from medssl.data.volume import read_header
 from medssl.models.encoders import auto_strides
 from medssl.runs.cohort import Outcome
@@ -281,7 +282,7 @@ def _finetune_values(manifest: Manifest) -> dict[str, Any]:
         )
     labelled = table[table["label"].notna()]
     groups = {name: int(part["group"].nunique()) for name, part in labelled.groupby("split")}
-    evaluated = next((name for name in ("test", "validation") if groups.get(name)), None)
+    evaluated = next((name for name in (*TEST_SPLITS, "validation") if groups.get(name)), None)
     if evaluated is None:
         raise DataError("no volume of the splits test and validation has a label", where=str(manifest.path))
     n_groups = groups.get("train", 0)

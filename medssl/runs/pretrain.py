@@ -17,7 +17,7 @@ from medssl.core.files import write_json
 from medssl.core.types import Method, ModelParts
 from medssl.data.items import ItemReader, build_items
 from medssl.data.manifest import Manifest
-from medssl.data.splits import refuse_leak
+from medssl.data.splits import TEST_SPLITS, refuse_leak
 from medssl.methods import METHODS
 from medssl.models import build_decoder, build_encoder, load_weights, read_model, save_weights
 from medssl.reporting import build_report
@@ -131,15 +131,15 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed: boo
 
 
 def check_leaks(config: PretrainConfig, manifest: Manifest) -> list[str]:
-    """Refuse pretraining on people of the test split, in this run or in what it begins from.
+    """Refuse pretraining on people of a test split, in this run or in what it begins from.
 
     Returns what ``transductive`` let pass.
     """
-    column = manifest.table["split"]
-    if not (column == "test").any():
+    tested = manifest.table["split"].isin(TEST_SPLITS).to_numpy(dtype=bool)
+    if not tested.any():
         return []
     chosen = in_splits(manifest, config.data.splits)
-    test = manifest.select((column == "test").to_numpy(dtype=bool))
+    test = manifest.select(tested)
     found = refuse_leak({"pretraining": chosen, "test": test}, transductive=config.data.transductive)
     test = with_absolute_paths(test)
     for earlier in [] if config.weights is None else pretraining_manifests(config.weights):

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from medssl.config import FinetuneConfig
+from medssl.data.splits import TEST_SPLITS
 from medssl.evaluation.statistics import compare_arms, over_draws
 from medssl.runs.grid import Cell, Result
 from medssl.runs.volumes import Cohort
@@ -166,7 +167,7 @@ def _notes(config: FinetuneConfig, cohort: Cohort) -> list[str]:
         f"(split `{config.evaluate_on}`), in the geometry of their files.",
         "Intervals resample draws and groups; cases of one group are averaged first.",
     ]
-    if config.evaluate_on != "test":
+    if config.evaluate_on not in TEST_SPLITS:
         notes.append("These are not test results: settings may have been chosen on these volumes.")
     if config.status:
         notes.append(f"Status: {config.status}")

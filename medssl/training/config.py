@@ -38,11 +38,21 @@ class OptimizerConfig(StrictModel):
 class ScheduleConfig(StrictModel):
     """How the learning rate moves, as a pure function of the step."""
 
-    name: Literal["constant", "cosine"] = "constant"
+    name: Literal["constant", "cosine", "step"] = "constant"
     warmup_steps: NonNegativeInt = 0
     """Linear rise from learning_rate / warmup_steps."""
     final_fraction: Fraction = 0.0
     """cosine only: share of the learning rate that is left at the end."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """step only: factor of the learning rate after every `every_steps` steps."""
+    every_steps: PositiveInt | None = None
+    """step only, and required there: steps between two falls of the learning rate, counted after the warm-up."""
+
+    @model_validator(mode="after")
+    def _steps_of_step(self) -> ScheduleConfig:
+        if (self.name == "step") != (self.every_steps is not None):
+            raise ValueError("every_steps belongs to the schedule `step`, which needs it")
+        return self
 
 
 class TrainingConfig(StrictModel):

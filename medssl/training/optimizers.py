@@ -39,12 +39,15 @@ def schedule_factor(config: ScheduleConfig, step: int, total_steps: float) -> fl
     """Factor of the learning rate at ``step`` (0-based) of ``total_steps``, in (0, 1].
 
     Warm-up: (step + 1) / warmup_steps. Cosine (Loshchilov and Hutter 2017, arXiv:1608.03983, Eq. (5)) over the steps
-    after it, from 1 down to ``final_fraction``, which the step after the last would reach.
+    after it, from 1 down to ``final_fraction``, which the step after the last would reach. Step: times ``gamma`` after
+    every ``every_steps`` steps.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.name == "constant":
         return 1.0
+    if config.name == "step" and config.every_steps is not None:
+        return float(config.gamma ** ((step - config.warmup_steps) // config.every_steps))
     share = (step - config.warmup_steps) / max(1.0, total_steps - config.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
     return config.final_fraction + (1 - config.final_fraction) * cosine

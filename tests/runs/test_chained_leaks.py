@@ -11,6 +11,7 @@ from medssl.core.errors import DataError
 from medssl.core.files import atomic_write
 from medssl.core.schema import validate
 from medssl.data.manifest import ManifestMeta, read_manifest, write_manifest
+from medssl.data.splits import TEST_SPLITS
 from medssl.runs.pretrain import check_leaks
 from medssl.runs.volumes import pretraining_manifests
 
@@ -45,8 +46,9 @@ def test_chain_that_closes_or_breaks_ends(tmp_path):
     assert len(pretraining_manifests(run(tmp_path, "second", "b", tmp_path / "gone"))) == 1
 
 
-def test_pretraining_that_begins_from_test_people_is_refused(tmp_path, chain):
-    table = pd.DataFrame({"subject": ["a", "t"], "image": ["a.nii", "other.nii"], "split": ["train", "test"]})
+@pytest.mark.parametrize("tested", TEST_SPLITS)
+def test_pretraining_that_begins_from_test_people_is_refused(tmp_path, chain, tested):
+    table = pd.DataFrame({"subject": ["a", "t"], "image": ["a.nii", "other.nii"], "split": ["train", tested]})
     write_manifest(table, ManifestMeta(), tmp_path / "manifest.csv")
     values = pretrain_values(tmp_path / "manifest.csv", tmp_path)
     manifest = read_manifest(tmp_path / "manifest.csv")
@@ -56,3 +58,6 @@ def test_pretraining_that_begins_from_test_people_is_refused(tmp_path, chain):
         check_leaks(validate(PretrainConfig, values, source="test"), manifest)
     values["data"]["transductive"] = True
     assert len(check_leaks(validate(PretrainConfig, values, source="test"), manifest)) == 1
+    values |= {"weights": None, "data": {**values["data"], "transductive": False, "splits": ["train", tested]}}
+    with pytest.raises(DataError, match="group t is in pretraining and in test"):
+        check_leaks(validate(PretrainConfig, values, source="test"), manifest)

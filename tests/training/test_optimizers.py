@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import nn
 
 from medssl.training.config import OptimizerConfig, ScheduleConfig
@@ -83,6 +84,15 @@ def test_schedule_golden_values():
     constant = ScheduleConfig(warmup_steps=2)
     assert [schedule_factor(constant, step, 9) for step in (0, 1, 2, 8)] == [0.5, 1.0, 1.0, 1.0]
     assert schedule_factor(ScheduleConfig(name="cosine"), 5, float("inf")) == 1.0
+
+
+def test_the_step_schedule_falls_by_gamma_after_every_so_many_steps():
+    config = ScheduleConfig(name="step", gamma=0.9, every_steps=3, warmup_steps=2)
+    values = [schedule_factor(config, step, float("inf")) for step in range(9)]
+    assert values == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 0.9, 0.9, 0.9, 0.81], abs=1e-15)
+    for wrong in ({"name": "step"}, {"name": "cosine", "every_steps": 3}):
+        with pytest.raises(ValidationError, match="every_steps"):
+            ScheduleConfig(**wrong)
 
 
 @given(total=st.integers(1, 500), warmup=st.integers(0, 600), final=st.floats(0, 1))
