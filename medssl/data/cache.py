@@ -27,6 +27,7 @@ import pandas as pd
 from medssl.core.errors import DataError
 from medssl.core.files import explain_disk_errors, require_space
 from medssl.data.hashes import HashMemory
+from medssl.data.masks import mask_for, read_mask
 from medssl.data.store import CaseGeometry, VolumeStore
 from medssl.data.volume import affines_agree, read_header, read_label, read_volume, suffix_of
 from medssl.transforms.preprocess import PrepareConfig, prepared_shape, preprocess
@@ -78,7 +79,8 @@ def prepare(
         progress: Called as ``progress(done, total)`` with the number of volumes.
 
     Raises:
-        DataError: Every volume that could not be prepared, named with its cause, after all others were prepared.
+        DataError: A mask that cannot be read; every volume that could not be prepared, named with its cause, after all
+            others were prepared.
         DiskError: No space; entries that are complete stay.
     """
     if slice_axis not in (0, 1, 2):
@@ -113,7 +115,7 @@ def _sources(
 ) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
     """Per volume the files and the key of its entry; and what is wrong with the others."""
     memory = HashMemory(cache.resolve() / "hashes.json")
-    settings = {"format": FORMAT, "slice_axis": slice_axis, "prepare": config.model_dump(mode="json")}
+    settings = {"format": FORMAT, "slice_axis": slice_axis, "prepare": _what_is_done(config, memory)}
     sources, problems = {}, {}
     for row in manifest.table[["volume", "case", "frame"]].itertuples(index=False):
         volume, frame = int(row.volume), None if pd.isna(row.frame) else int(row.frame)
@@ -137,6 +139,14 @@ def _sources(
         }
     memory.save()
     return sources, problems
+
+
+def _what_is_done(config: PrepareConfig, memory: HashMemory) -> dict[str, Any]:
+    """The settings with the content of the mask instead of its path; without the keys of a mask where there is none."""
+    if config.mask is None:
+        return config.model_dump(mode="json", exclude={"mask", "mask_above"})
+    read_mask(config.mask, config.mask_above)  # say what is wrong with it once, not for every volume
+    return {**config.model_dump(mode="json"), "mask": memory.hash(config.mask)}
 
 
 def _bytes_needed(sources: Sequence[dict[str, Any]] | Any, config: PrepareConfig) -> int:
@@ -184,7 +194,9 @@ def _prepare_arrays(
     label = None
     if source["label"] is not None:
         label = _matching_label(source, volume.data.shape[1:], volume.affine)
-    prepared = preprocess(volume.data, volume.affine, config, label, where=f"{source['case']} ({volume.path})")
+    where = f"{source['case']} ({volume.path})"
+    mask = mask_for(volume, config, where=where)
+    prepared = preprocess(volume.data, volume.affine, config, label, mask=mask, where=where)
     arrays = {"image": np.ascontiguousarray(np.moveaxis(prepared.image, slice_axis + 1, 0))}
     if prepared.label is not None:
         arrays["label"] = np.ascontiguousarray(np.moveaxis(prepared.label, slice_axis, 0))

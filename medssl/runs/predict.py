@@ -21,8 +21,9 @@ from medssl.core.errors import ConfigError, DataError, MedsslError, WeightsError
 from medssl.core.files import atomic_write, write_json
 from medssl.core.schema import validate
 from medssl.data.manifest import Manifest, ManifestMeta, read_manifest
+from medssl.data.masks import mask_for
 from medssl.data.store import CaseGeometry
-from medssl.data.volume import SUFFIXES, read_header, read_volume, stem_of, write_nifti
+from medssl.data.volume import SUFFIXES, Volume, read_header, read_volume, stem_of, write_nifti
 from medssl.inference.config import InferenceConfig
 from medssl.models import ENCODERS, SegmentationNet, build_decoder
 from medssl.runs.scoring import predict_native
@@ -56,7 +57,8 @@ class Segmenter:
             raise DataError(
                 f"the network takes {self.channels} channels", where=where, found=f"{image.shape[0]} channels"
             )
-        prepared = preprocess(image, affine, self.prepare, where=where)
+        mask = mask_for(Volume(image, affine, where), self.prepare, where=where)
+        prepared = preprocess(image, affine, self.prepare, mask=mask, where=where)
         geometry = CaseGeometry(affine, image.shape[1:], prepared.affine, prepared.image.shape[1:], self.slice_axis)
         return predict_native(
             self.network,
@@ -100,13 +102,18 @@ def save_network(folder: Path, network: SegmentationNet, config: FinetuneConfig,
             "decoder": network.decoder.architecture,
             "n_classes": network.n_classes,
             "classes": [[one.number, one.value, one.name] for one in cohort.classes],
-            "prepare": config.data.prepare.model_dump(mode="json"),
+            "prepare": _to_be_found_again(config.data.prepare).model_dump(mode="json"),
             "inference": config.inference.model_dump(mode="json"),
             "spatial_dims": config.spatial_dims,
             "slice_axis": config.items.slice_axis,
             "sha256": hashlib.sha256(data).hexdigest(),
         },
     )
+
+
+def _to_be_found_again(settings: PrepareConfig) -> PrepareConfig:
+    """The same settings with the whole path of a mask: predictions may be made in another folder."""
+    return settings if settings.mask is None else settings.model_copy(update={"mask": settings.mask.resolve()})
 
 
 def load_segmenter(path: Path, device: torch.device | str = "cpu") -> Segmenter:

@@ -1,13 +1,15 @@
 """Preparation that is the same every time, done once before the cache: intensities, orientation, spacing, size.
 
 Order as published for the global and local contrastive recipes: bias field, intensities on the native grid, then
-orientation, resampling and crop or pad. Image and label go through one geometry.
+orientation, resampling and crop or pad. Image and label go through one geometry. A template mask is applied on the
+native grid.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -16,7 +18,7 @@ import SimpleITK as sitk  # noqa: N813 - the name its users know
 import torch
 from monai.data.meta_tensor import MetaTensor
 from monai.transforms import Orientation, ResizeWithPadOrCrop, Spacing
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt, model_validator
 
 from medssl.core.errors import DataError
 from medssl.core.schema import StrictModel
@@ -43,6 +45,11 @@ class PrepareConfig(StrictModel):
     upper: Percent = 99.0
     clip: bool = False
     """Cut percentile-scaled values at 0 and 1."""
+    mask: Path | None = None
+    """Image of a template on the grid of the files (.nii, .nii.gz, .npy): voxels outside are set to 0, before the
+    bias field is corrected and after intensities are scaled."""
+    mask_above: FiniteFloat = 0.05
+    """Values of the mask image that count as inside are those above (OpenBHB's grey-matter template: 0.05)."""
     label_values: dict[int, int] = {}
     """Class number for each value of the label files (205: 1, 420: 2, ...); empty: values are class numbers."""
 
@@ -74,6 +81,7 @@ def preprocess(
     config: PrepareConfig,
     label: npt.NDArray[np.int16] | None = None,
     *,
+    mask: npt.NDArray[np.bool_] | None = None,
     where: str = "volume",
 ) -> Prepared:
     """Prepare one volume; the same input gives the same output.
@@ -83,11 +91,14 @@ def preprocess(
         affine: (4, 4), voxel to millimetres (RAS).
         config: What to do.
         label: (X, Y, Z) on the same grid, or None.
+        mask: (X, Y, Z) on the same grid, as `medssl.data.masks` reads it; needed where ``config.mask`` names one.
         where: Name for messages.
 
     Raises:
-        DataError: Shapes differ, the image is constant, or a label value has no class.
+        DataError: Shapes differ, the image is constant (inside the mask), or a label value has no class.
     """
+    if (mask is None) != (config.mask is None):
+        raise AssertionError("a mask goes with the setting that names it")
     if label is not None and label.shape != image.shape[1:]:
         raise DataError(
             "label map and image have different shapes",
@@ -96,9 +107,13 @@ def preprocess(
             fix="extract the files again, or leave the volume out",
         )
     classes = None if label is None else class_numbers(label, config.label_values, where=where)
+    if mask is not None:
+        image = np.where(mask, image, np.float32(0))
     if config.n4:
         image = np.stack([n4(channel, affine, shrink=config.n4_shrink, where=where) for channel in image])
     image = np.stack([scale_intensity(channel, config, where=where) for channel in image])
+    if mask is not None:
+        image = np.where(mask, image, np.float32(0))  # scaling moves 0 where the lower percentile is not 0
     moved, grid = to_grid(image, affine, config, nearest=False)
     if not np.isfinite(moved).all():
         raise DataError("voxels are not finite after preparation", where=where, fix="check the intensities of the file")
