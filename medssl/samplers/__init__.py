@@ -13,6 +13,12 @@ from medssl.samplers.partition import (
     PartitionSampler,
 )
 from medssl.samplers.random import RandomConfig, RandomSampler
+from medssl.samplers.site_balanced import (
+    AgeSiteBalancedConfig,
+    AgeSiteBalancedSampler,
+    SiteBalancedConfig,
+    SiteBalancedSampler,
+)
 
 SAMPLERS: Final[Mapping[str, type[Sampler]]] = MappingProxyType(
     {
@@ -20,11 +26,15 @@ SAMPLERS: Final[Mapping[str, type[Sampler]]] = MappingProxyType(
         "partition": PartitionSampler,
         "partition_pairs": PartitionPairsSampler,
         "few_label": FewLabelSampler,
+        "site_balanced": SiteBalancedSampler,
+        "age_site_balanced": AgeSiteBalancedSampler,
     }
 )
 
 __all__ = [
     "SAMPLERS",
+    "AgeSiteBalancedConfig",
+    "AgeSiteBalancedSampler",
     "FewLabelConfig",
     "FewLabelSampler",
     "PartitionConfig",
@@ -34,4 +44,6 @@ __all__ = [
     "RandomConfig",
     "RandomSampler",
     "Sampler",
+    "SiteBalancedConfig",
+    "SiteBalancedSampler",
 ]

@@ -83,14 +83,20 @@ SETTINGS = {
     "partition": {"n_volumes": 3},
     "partition_pairs": {"n_volumes": 3},
     "few_label": {"batch_size": 12},
+    "site_balanced": {"attribute": "site", "n_sites": 3, "n_per_site": 4},
+    "age_site_balanced": {"attribute": "site", "age": "age", "batch_size": 12, "bin_width": 5.0},
 }
 TABLE = make_table([8, 9, 10, 11, 8, 8], [0, 0, 1, 1, 2, 3])
+PEOPLE = make_table([1] * 40, list(range(40)), n_partitions=1)
+PEOPLE.labels.update(site=np.arange(40) % 5, age=20.0 + np.arange(40) % 7)
+TABLES = {"site_balanced": PEOPLE, "age_site_balanced": PEOPLE}
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @given(seed=seeds, step=st.integers(0, 10_000))
 def test_ranks_tile_the_batch_for_every_world_size_and_calls_leave_no_trace(name, seed, step):
-    sampler = SAMPLERS[name](TABLE, seed=seed, **SETTINGS[name])
+    table = TABLES.get(name, TABLE)
+    sampler = SAMPLERS[name](table, seed=seed, **SETTINGS[name])
     whole = sampler.batch(step)
     assert whole.dtype == np.int64
     assert len(whole) == sampler.batch_size == 12
@@ -99,15 +105,16 @@ def test_ranks_tile_the_batch_for_every_world_size_and_calls_leave_no_trace(name
         assert {len(part) for part in parts} == {12 // world_size}
         assert np.concatenate(parts).tolist() == whole.tolist()
     sampler.batch(step + 17)
-    again = SAMPLERS[name](TABLE, seed=seed, **SETTINGS[name])
+    again = SAMPLERS[name](table, seed=seed, **SETTINGS[name])
     assert again.batch(step).tolist() == sampler.batch(step).tolist() == whole.tolist()
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_seeds_and_steps_differ(name):
-    sampler = SAMPLERS[name](TABLE, seed=1, **SETTINGS[name])
+    table = TABLES.get(name, TABLE)
+    sampler = SAMPLERS[name](table, seed=1, **SETTINGS[name])
     batches = {tuple(sampler.batch(step)) for step in range(20)}
-    other = {tuple(SAMPLERS[name](TABLE, seed=2, **SETTINGS[name]).batch(step)) for step in range(20)}
+    other = {tuple(SAMPLERS[name](table, seed=2, **SETTINGS[name]).batch(step)) for step in range(20)}
     assert len(batches) == 20
     assert not batches & other
 
@@ -189,6 +196,6 @@ def test_every_config_builds_its_sampler_from_its_name():
     adapter = TypeAdapter(tagged_union(SAMPLERS))
     for name in SAMPLERS:
         config = adapter.validate_python({"name": name})
-        sampler = SAMPLERS[name](TABLE, seed=0, **config.model_dump(exclude={"name"}))
+        sampler = SAMPLERS[name](TABLES.get(name, TABLE), seed=0, **config.model_dump(exclude={"name"}))
         assert isinstance(config, sampler.config)
         assert config.name == name
