@@ -78,6 +78,17 @@ def build_fabric(settings: TrainingConfig) -> Fabric:
     return fabric
 
 
+def seed_networks(seed: int, device: torch.device) -> None:
+    """Seed the generators that networks draw from themselves (dropout), as ``torch.manual_seed`` does.
+
+    That one also notes a call for every accelerator that was not started yet, with a traceback, and keeps all of them:
+    0.3 ms and some memory a step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(seed)
+
+
 class Batch:
     """Carries a batch through wrappers that walk into dataclasses and refuse frozen ones."""
 

@@ -20,7 +20,7 @@ from medssl.core.seeding import MODEL, derive_seed
 from medssl.core.types import Method
 from medssl.training.checkpoint import Checkpoints
 from medssl.training.config import OptimizerConfig, ScheduleConfig, TrainingConfig
-from medssl.training.device import Batch, LossModule, build_fabric
+from medssl.training.device import Batch, LossModule, build_fabric, seed_networks
 from medssl.training.embedding import embed_table
 from medssl.training.guards import check_finite_state, check_losses, no_memory, out_of_memory
 from medssl.training.lock import RunLock
@@ -255,7 +255,7 @@ class _Loop:
         try:
             batch = self.source.batch(step, until=self._horizon(step))
             self.waited += time.perf_counter() - waiting
-            torch.manual_seed(derive_seed(self.seed, MODEL, step + 1, self.fabric.global_rank))
+            seed_networks(derive_seed(self.seed, MODEL, step + 1, self.fabric.global_rank), self.fabric.device)
             loss, logs, embedding = self.model(Batch(batch))
             self.losses.append((step, loss.detach()))
             if self.sync_every == 1:

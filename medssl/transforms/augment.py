@@ -1,9 +1,9 @@
 """Random augmentation in two halves: ``draw`` the parameters of N items, ``apply`` them.
 
 Order: geometry (crop, flip and affine as one map and one resampling), blur, bias field, gamma, brightness and contrast,
-noise, clip, cutout, mask. On a CPU volumes pass one by one (their temporaries stay in the cache), slices and anything
-on an accelerator as one batch; both follow the same parameters and agree to rounding. Noise and masks come from the
-device's own generator, so they differ between device types.
+noise, clip, cutout. On a CPU volumes pass one by one (their temporaries stay in the cache), slices and anything on an
+accelerator as one batch; both follow the same parameters and agree to rounding. Noise comes from the device's own
+generator, so it differs between device types.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from medssl.transforms.augment_config import (
     Cutout,
     Flip,
     Gamma,
-    Mask,
     Noise,
 )
 from medssl.transforms.augment_params import Params, draw
@@ -44,7 +43,6 @@ __all__ = [
     "Cutout",
     "Flip",
     "Gamma",
-    "Mask",
     "Noise",
     "Params",
     "apply",
@@ -60,7 +58,7 @@ def apply(images: Tensor, params: Params, config: AugmentConfig, *, method: Way 
     """The augmented images; ``images`` themselves stay as they are.
 
     Args:
-        images: (N, C, *spatial) float, or rows of features (N, F), on any device.
+        images: (N, C, *spatial) float, on any device.
         params: What ``draw`` drew for these N items, with the same ``config``.
         config: The policy.
         method: "items" works item by item (CPU only), "batched" on the whole batch; "auto" takes items on the CPU
@@ -166,9 +164,6 @@ def _change(views: Tensor, params: Params, config: AugmentConfig) -> None:
         views.clamp_(*config.clip)
     if params.cutout is not None and config.cutout is not None:
         intensity.cutout(views, params.cutout, config.cutout.fill)
-    if params.mask is not None and params.mask_seed is not None:
-        share, streams = params.mask, params.mask_seed
-        intensity.on_active(views, share > 0, lambda x, i: intensity.mask(x, share[i], streams[i].tolist()))
 
 
 def _change_levels(views: Tensor, params: Params, config: AugmentConfig) -> None:

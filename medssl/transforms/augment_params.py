@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from medssl.core.errors import ShapeError
-from medssl.core.seeding import MASK, NOISE, VIEWS, derive_seed, numpy_rng
+from medssl.core.seeding import NOISE, VIEWS, derive_seed, numpy_rng
 from medssl.transforms.augment_config import AugmentConfig
 from medssl.transforms.geometry import rotation, theta_from_voxels
 
@@ -35,9 +35,8 @@ _COLUMNS: Final[dict[str, tuple[int, int]]] = {
     "noise": (24, 2),
     "cutout": (26, 5),
     "bias_field": (31, 70),
-    "mask": (101, 2),
 }
-_WIDTH: Final = 103
+_WIDTH: Final = 101
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,6 @@ class Params:
         noise: (N,) standard deviation, 0 for none.
         noise_seed: (N,) int64, one stream of noise per item.
         cutout: (N, 2, d) int64, first voxel and number of voxels per axis; 0 voxels for none.
-        mask: (N,) probability with which a feature is set to 0.
-        mask_seed: (N,) int64, one stream of masks per item.
     """
 
     spatial: tuple[int, ...]
@@ -75,8 +72,6 @@ class Params:
     noise: Tensor | None = None
     noise_seed: Tensor | None = None
     cutout: Tensor | None = None
-    mask: Tensor | None = None
-    mask_seed: Tensor | None = None
 
     def item(self, index: int) -> Params:
         """The parameters of one item, N = 1."""
@@ -98,7 +93,7 @@ def draw(
 
     Args:
         config: The policy.
-        spatial: Voxels per axis of the images; empty for rows of a feature table.
+        spatial: Voxels per axis of the images.
         seed: The run's seed.
         step: The training step.
         slots: (N,) place of each item in the global batch.
@@ -108,22 +103,17 @@ def draw(
         ConfigError: The policy names an axis that the images do not have.
     """
     spatial = tuple(int(length) for length in spatial)
-    if len(spatial) not in (0, 2, 3):
-        raise ShapeError(
-            "augmentation is for images with 2 or 3 spatial axes, and for rows of features",
-            found=f"spatial shape {spatial}",
-        )
+    if len(spatial) not in (2, 3):
+        raise ShapeError("augmentation is for images with 2 or 3 spatial axes", found=f"spatial shape {spatial}")
     config.check(len(spatial))
     keys = [(int(seed), int(step), int(slot), int(view)) for slot in slots]
     uniform = np.empty((len(keys), _WIDTH))
     for row, (run, at, slot, which) in enumerate(keys):
         numpy_rng(run, VIEWS, at, slot, which).random(out=uniform[row])
     size = spatial if config.size is None else config.size
-    seeds = masks = None
+    seeds = None
     if config.noise is not None:
         seeds = torch.tensor([derive_seed(run, NOISE, at, slot, which) for run, at, slot, which in keys])
-    if config.mask is not None:
-        masks = torch.tensor([derive_seed(run, MASK, at, slot, which) for run, at, slot, which in keys])
     return Params(
         spatial,
         size,
@@ -131,7 +121,6 @@ def draw(
         **_draw_intensity(config, len(spatial), uniform),
         noise_seed=seeds,
         cutout=_draw_cutout(config, size, uniform),
-        mask_seed=masks,
     )
 
 
@@ -218,8 +207,6 @@ def _draw_intensity(config: AugmentConfig, spatial_dims: int, uniform: Floats) -
         drawn["contrast"] = one("contrast", config.contrast.probability, config.contrast.factor, 1.0)
     if config.noise is not None:
         drawn["noise"] = one("noise", config.noise.probability, config.noise.std, 0.0)
-    if config.mask is not None:
-        drawn["mask"] = one("mask", config.mask.probability, config.mask.share, 0.0)
     if config.bias_field is not None:
         u = _columns(uniform, "bias_field")
         terms = len(exponents(spatial_dims, config.bias_field.degree))

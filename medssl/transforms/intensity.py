@@ -126,11 +126,3 @@ def cutout(images: Tensor, boxes: Tensor, fill: float) -> None:
     """Fill the box of each item: (n, 2, d) first voxel and number of voxels per axis."""
     for image, (start, length) in zip(images, boxes.tolist(), strict=True):
         image[(slice(None), *(slice(a, a + n) for a, n in zip(start, length, strict=True)))] = fill
-
-
-def mask(rows: Tensor, share: Tensor, seeds: Sequence[int]) -> None:
-    """Set each feature of (n, F) to 0 with the item's probability, item by item from its own stream."""
-    generator = torch.Generator(device=rows.device)
-    for row, probability, seed in zip(rows, share.tolist(), seeds, strict=True):
-        generator.manual_seed(seed)
-        row.masked_fill_(torch.rand(row.shape, generator=generator, device=rows.device) < probability, 0.0)

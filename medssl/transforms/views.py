@@ -28,6 +28,7 @@ from medssl.transforms.augment_config import (
     Mask,
     Noise,
 )
+from medssl.transforms.feature_views import augment_rows
 from medssl.transforms.geometry import inverse_theta, warp
 
 __all__ = ["PRESETS", "Artefact", "Views", "ViewsConfig", "inverse_theta", "make_views", "resolve_views", "warp"]
@@ -171,7 +172,7 @@ def make_views(
         step: The training step.
         slots: (N,) place of each item in the global batch.
         label_maps: (N, *spatial) integers, -1 where unlabelled; moved with view 0.
-        method: See ``augment.apply``.
+        method: See ``augment.apply``; rows of features are always one batch.
 
     Raises:
         ShapeError: Numbers of images, slots and label maps differ, or shapes do.
@@ -193,6 +194,10 @@ def make_views(
         geometry.append(None)
     for policy in config.policies:
         view = len(views)
+        if images.dim() == 2:
+            views.append(augment_rows(images, policy, seed=seed, step=step, slots=slots, view=view))
+            geometry.append(None)
+            continue
         source = images
         if config.artefacts:
             source = add_artefacts(images, config.artefacts, seed=seed, step=step, slots=slots, view=view)
