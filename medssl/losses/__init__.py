@@ -5,16 +5,34 @@ autocast says, and never communicates between processes (gather first, see `meds
 """
 
 from medssl.losses.contrastive import global_contrastive, nt_xent
+from medssl.losses.fairness import EnD, FairKL, end, fair_kl
+from medssl.losses.labels import label_kernel
 from medssl.losses.local import local_contrastive
 from medssl.losses.numerics import EmptyComparisonWarning
 from medssl.losses.regions import all_others, nearest_negatives, region_corners
+from medssl.losses.supcon import sup_con, sup_info_nce
+from medssl.losses.uniformity import alignment, decoupled_uniformity, uniformity
+from medssl.losses.weak import l_exp, l_thr, y_aware
 
 __all__ = [
     "EmptyComparisonWarning",
+    "EnD",
+    "FairKL",
+    "alignment",
     "all_others",
+    "decoupled_uniformity",
+    "end",
+    "fair_kl",
     "global_contrastive",
+    "l_exp",
+    "l_thr",
+    "label_kernel",
     "local_contrastive",
     "nearest_negatives",
     "nt_xent",
     "region_corners",
+    "sup_con",
+    "sup_info_nce",
+    "uniformity",
+    "y_aware",
 ]

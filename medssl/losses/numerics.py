@@ -100,3 +100,56 @@ def check_codes(name: str, codes: Tensor | None, n: int, needed_by: str) -> Tens
     if codes.is_floating_point() or codes.is_complex():
         raise InputError(f"{name} must hold integer codes", found=str(codes.dtype))
     return codes
+
+
+def check_labels(name: str, labels: Tensor, n: int | None = None) -> Tensor:
+    """One label per item, (N,) of any real dtype; refuses other shapes and, naming the items, NaN and infinity.
+
+    Values on an accelerator are not looked at, because the question would wait for the device: see `poisoned`.
+    """
+    expected = "(N,)" if n is None else f"({n},)"
+    if labels.ndim != 1 or (n is not None and len(labels) != n):
+        raise ShapeError(f"{name} must have one value per item, {expected}", found=str(tuple(labels.shape)))
+    if labels.is_complex():
+        raise InputError(f"{name} must be real", found=str(labels.dtype))
+    check_finite(name, labels, "leave these items out, or give them a label")
+    return labels
+
+
+def check_finite(name: str, values: Tensor, fix: str) -> None:
+    """Refuse NaN and infinity in rows of ``values`` (N, ...), naming the rows; on the CPU only."""
+    if values.device.type != "cpu" or not values.is_floating_point():
+        return
+    bad = ~values.isfinite().flatten(1).all(1) if values.ndim > 1 else ~values.isfinite()
+    if bool(bad.any()):
+        raise InputError(f"{name} must be finite", where=rows_named(bad), found="NaN or infinity", fix=fix)
+
+
+def rows_named(bad: Tensor) -> str:
+    """Where ``bad`` (N,) is true, in words."""
+    rows: list[int] = bad.nonzero().flatten().tolist()
+    return f"rows {', '.join(map(str, rows[:10]))}" + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
+
+
+def check_weights(name: str, weights: Tensor, n: int, *, lowest: float = 0.0, highest: float = math.inf) -> Tensor:
+    """A constant per pair of items, (N, N), in float32 or wider; on the CPU also finite, from lowest to highest."""
+    if weights.shape != (n, n):
+        raise ShapeError(f"{name} must have one value per pair of items, ({n}, {n})", found=str(tuple(weights.shape)))
+    if weights.is_complex():
+        raise InputError(f"{name} must be real", found=str(weights.dtype))
+    check_finite(name, weights, "are labels missing? see label_kernel(missing=...)")
+    if weights.device.type == "cpu":
+        outside = ((weights < lowest) | (weights > highest)).any(1)
+        if bool(outside.any()):
+            limits = f"at least {lowest:g}" if highest == math.inf else f"from {lowest:g} to {highest:g}"
+            found = f"{float(weights.min()):g} to {float(weights.max()):g}"
+            raise InputError(f"{name} must be {limits}", where=rows_named(outside), found=found)
+    return widen(weights.detach())
+
+
+def poisoned(value: Tensor, *inputs: Tensor) -> Tensor:
+    """``value``, or NaN where an input holds NaN or infinity that nobody could look at without waiting for a device."""
+    for x in inputs:
+        if x.is_floating_point() and x.device.type != "cpu":
+            value = torch.where(x.isfinite().all(), value, torch.nan)
+    return value
