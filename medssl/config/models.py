@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 
 from medssl.core.schema import StrictModel, tagged_union
 from medssl.core.types import Needs
+from medssl.data.features import FeaturesConfig
 from medssl.data.items import ItemsConfig
 from medssl.inference.config import InferenceConfig
 from medssl.methods import METHODS, TASKS
@@ -41,6 +42,8 @@ class DataConfig(StrictModel):
     cache: Path = Path(".medssl-cache")
     """Prepared volumes are kept here and shared between runs."""
     prepare: PrepareConfig = PrepareConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    """For `items.geometry: features`, instead of `prepare`."""
     jobs: PositiveInt = 1
     """Processes that prepare volumes in parallel."""
     transductive: bool = False
@@ -74,11 +77,18 @@ class RunConfig(StrictModel):
 
     @property
     def spatial_dims(self) -> int:
-        """2 for slices, 3 for slabs and volumes."""
-        return 2 if self.items.geometry == "slice" else 3
+        """2 for slices, 3 for slabs and volumes, 0 for rows of feature tables."""
+        return {"slice": 2, "features": 0}.get(self.items.geometry, 3)
 
     def _check_encoder(self) -> None:
         name = self.model.encoder.name
+        if (name == "mlp") != (self.spatial_dims == 0):
+            raise ValueError(
+                "model.encoder `mlp` takes rows of features: set items.geometry: features, or choose another encoder"
+                if name == "mlp"
+                else f"items.geometry `features` gives rows of a table, but model.encoder `{name}` takes images: "
+                "set model.encoder: {name: mlp, widths: [64, 32]}"
+            )
         dims = 2 if name.endswith("2d") else 3
         if name != "mlp" and dims != self.spatial_dims:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Items: the slices, slabs or volumes that samplers choose from, and reading the chosen ones.
+"""Items: the slices, slabs, volumes or feature rows that samplers choose from, and reading the chosen ones.
 
 A volume of n slices is divided into S partitions of floor(n / S) consecutive slices, as in Chaitanya et al. 2020
 (arXiv:2006.10511, section 3.1); slices left over at the end belong to no partition and are never sampled.
@@ -74,8 +74,9 @@ class Store(Protocol):
 class ItemsConfig(StrictModel):
     """What one item is."""
 
-    geometry: Literal["slice", "slab", "volume"]
-    """slice: 2D; slab: 3D, `depth` slices around a centre; volume: 3D, the whole prepared volume."""
+    geometry: Literal["slice", "slab", "volume", "features"]
+    """slice: 2D; slab: 3D, `depth` slices around a centre; volume: 3D, the whole prepared volume; features: one row of
+    a table of measures (the manifest's `image` is the table, `frame` the row)."""
     partitions: PositiveInt | None = None
     """S: stacks of consecutive slices that a volume is divided into; null: none, every slice may be drawn."""
     depth: PositiveInt | None = None
@@ -87,8 +88,10 @@ class ItemsConfig(StrictModel):
     def _fits_geometry(self) -> ItemsConfig:
         if (self.geometry == "slab") != (self.depth is not None):
             raise ValueError("depth is the number of slices of a slab: set it for `geometry: slab`, and only there")
-        if self.geometry == "volume" and self.partitions is not None:
-            raise ValueError("a whole volume lies in no partition: remove partitions, or use geometry slice or slab")
+        if self.geometry in ("volume", "features") and self.partitions is not None:
+            raise ValueError(
+                "volumes and rows of features lie in no partition: remove partitions, or use geometry slice or slab"
+            )
         return self
 
 
@@ -109,7 +112,7 @@ def build_items(manifest: Manifest, store: Store, config: ItemsConfig) -> ItemTa
         DataError: A volume with fewer slices than partitions, volumes of different shapes, a volume not in the store.
         ConfigError: The store was cut along another axis.
     """
-    if store.slice_axis != config.slice_axis:
+    if store.slice_axis != config.slice_axis and config.geometry != "features":
         raise ConfigError(f"volumes were prepared for slices along axis {store.slice_axis}, not {config.slice_axis}")
     volumes = [int(volume) for volume in manifest.table["volume"]]
     if not volumes:
@@ -134,7 +137,7 @@ def build_items(manifest: Manifest, store: Store, config: ItemsConfig) -> ItemTa
 
 def _cut(store: Store, volume: int, config: ItemsConfig) -> tuple[Ints, Ints]:
     """Positions of the items of one volume, and the partition of each."""
-    if config.geometry == "volume":
+    if config.geometry in ("volume", "features"):
         return np.zeros(1, np.int64), np.full(1, -1, np.int64)
     n = store.n_slices(volume)
     if config.partitions is None:
@@ -170,7 +173,9 @@ def _check_shapes(store: Store, volumes: list[int], config: ItemsConfig) -> None
 
 
 def item_shape(store: Store, volume: int, config: ItemsConfig) -> tuple[int, ...]:
-    """``(C, *spatial)`` of the items of ``volume``."""
+    """``(C, *spatial)`` of the items of ``volume``; ``(F,)`` for features."""
+    if config.geometry == "features":
+        return (int(store.channels),)
     shape = [int(n) for n in store.geometry(volume).shape]
     if config.geometry == "slice":
         del shape[config.slice_axis]
@@ -236,7 +241,11 @@ class ItemReader:
 
     def _name(self, index: int) -> str:
         case = self.store.case(int(self.table.volume[index]))
-        place = "" if self.config.geometry == "volume" else f", {self.config.geometry} {self.table.position[index]}"
+        place = (
+            ""
+            if self.config.geometry in ("volume", "features")
+            else f", {self.config.geometry} {self.table.position[index]}"
+        )
         return f"row {self.table.row[index]}: {case}{place}"
 
     def columns(self, rows: npt.ArrayLike) -> Mapping[str, npt.NDArray[Any]]:

@@ -68,6 +68,8 @@ class ManifestMeta(StrictModel):
         licence: Licence of the data.
         citation: What its providers ask to be cited.
         source: Where it came from.
+        features: Of feature tables: globs of the columns that are features; empty: every column of numbers that says
+            nothing about the person.
     """
 
     name: str = ""
@@ -77,6 +79,7 @@ class ManifestMeta(StrictModel):
     licence: str = ""
     citation: str = ""
     source: str = ""
+    features: tuple[str, ...] = ()
 
     @field_validator("label_names")
     @classmethod
@@ -212,7 +215,8 @@ class Manifest:
         """SHA-256 of what the table and the meta file say; column order and place on disk do not matter."""
         columns = sorted(set(self.table.columns) - {"volume"})
         content = self.table[columns].to_csv(index=False, lineterminator="\n")
-        meta = json.dumps(self.meta.model_dump(mode="json"), sort_keys=True)
+        without = None if self.meta.features else {"features"}  # manifests of images keep the hash that they had
+        meta = json.dumps(self.meta.model_dump(mode="json", exclude=without), sort_keys=True)
         return hashlib.sha256(f"{meta}\n{content}".encode()).hexdigest()
 
 

@@ -26,6 +26,7 @@ COLUMNS: Final = (
 )  # fmt: skip
 DERIVED: Final = ("volume", "case")
 MAX_ID: Final = 128
+TABLES: Final = (".csv", ".tsv", ".parquet")
 MAX_AGE: Final = 130.0
 
 _ID = re.compile(rf"(?!\.)[A-Za-z0-9._-]{{1,{MAX_ID}}}")
@@ -268,9 +269,10 @@ def _typed_table(cells: Mapping[str, list[str]]) -> pd.DataFrame:
 def _cases(table: pd.DataFrame) -> list[str]:
     """subject[_session][_frameNN]; where that repeats, the modality is added, and then a number."""
     frames = table["frame"].fillna(-1).astype(int).tolist()
+    in_tables = [image.lower().endswith(TABLES) for image in table["image"]]  # there, the frame is a row of the table
     cases = [
-        subject + (f"_{session}" if session else "") + (f"_frame{frame:02d}" if frame >= 0 else "")
-        for subject, session, frame in zip(table["subject"], table["session"], frames)
+        subject + (f"_{session}" if session else "") + (f"_frame{frame:02d}" if frame >= 0 and not in_table else "")
+        for subject, session, frame, in_table in zip(table["subject"], table["session"], frames, in_tables)
     ]
     for i in _repeated(cases):
         modality = table["modality"].iloc[i]

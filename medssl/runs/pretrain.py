@@ -12,10 +12,10 @@ from typing import Any
 
 from medssl.config import PretrainConfig, dump_config
 from medssl.core import distributed
-from medssl.core.errors import ConfigError
+from medssl.core.errors import ConfigError, DataError
 from medssl.core.files import write_json
 from medssl.core.types import Method, ModelParts
-from medssl.data.items import ItemReader, build_items
+from medssl.data.feature_store import FeatureReader
 from medssl.data.manifest import Manifest
 from medssl.data.splits import TEST_SPLITS, refuse_leak
 from medssl.methods import METHODS
@@ -25,11 +25,15 @@ from medssl.runs.folder import open_run, record_run, run_folder, tracked
 from medssl.runs.grid import fingerprint
 from medssl.runs.volumes import (
     FINGERPRINT_DIGITS,
+    STATISTICS,
     Cohort,
     in_splits,
     load_manifest,
-    open_cohort,
+    open_items,
+    open_run_cohort,
     pretraining_manifests,
+    row_hashes,
+    weights_statistics,
     with_absolute_paths,
 )
 from medssl.samplers import SAMPLERS
@@ -95,9 +99,10 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed: boo
     if leader:
         open_run(config.runs, config.name, kind="pretrain", config_text=text, manifest=chosen, resume=resume)
     with tracked(folder, "pretrain") if leader else contextlib.nullcontext({}) as info:
-        cohort = open_cohort(config.data, slice_axis=config.items.slice_axis)
-        table = build_items(cohort.chosen, cohort.store, config.items)
-        reader = ItemReader(cohort.store, table, config.items, with_labels="label_map" in config.needs.labels)
+        statistics = weights_statistics(config.weights)  # what the weights were trained on, if that were features
+        cohort = open_run_cohort(config, statistics=statistics)
+        with_maps = "label_map" in config.needs.labels
+        table, reader = open_items(config, cohort, cohort.chosen, statistics=statistics, with_labels=with_maps)
         settings = config.sampler.model_dump(exclude={"name"})
         sampler = SAMPLERS[config.sampler.name](table, seed=config.seed, **settings)
         _check_batch(config, sampler.batch_size)
@@ -125,6 +130,8 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed: boo
         )
         if distributed.rank() != 0:
             return Pretrained(folder, folder / "weights", {}, None)
+        if isinstance(reader, FeatureReader):
+            reader.statistics.save(folder / "weights" / STATISTICS)
         done = finish(config, cohort, method, trained, folder, begun_from, leaks)
         info["collapse"] = trained.collapse
     return replace(done, report=build_report(folder))  # after the status says done
@@ -140,12 +147,35 @@ def check_leaks(config: PretrainConfig, manifest: Manifest) -> list[str]:
         return []
     chosen = in_splits(manifest, config.data.splits)
     test = manifest.select(tested)
-    found = refuse_leak({"pretraining": chosen, "test": test}, transductive=config.data.transductive)
+    hashes = row_hashes(config, manifest)
+    sets = {"pretraining": chosen, "test": test}
+    found = refuse_leak(sets, transductive=config.data.transductive, voxels=hashes)
+    if config.weights is not None:
+        _refuse_seen(config, test, hashes)
     test = with_absolute_paths(test)
     for earlier in [] if config.weights is None else pretraining_manifests(config.weights):
         sets = {"the pretraining that this one begins from": earlier, "test": test}
         found += refuse_leak(sets, transductive=config.data.transductive)
     return [str(leak) for leak in found]
+
+
+def _refuse_seen(config: PretrainConfig, test: Manifest, hashes: Mapping[int, str]) -> None:
+    """Refuse weights that saw rows of the test split, whatever files and names those had then."""
+    if not hashes or config.weights is None or config.data.transductive:
+        return
+    seen = set(read_model(config.weights)["info"].get("pretrained_on", ()))
+    known = [
+        str(case)
+        for volume, case in zip(test.table["volume"], test.table["case"], strict=True)
+        if hashes[int(volume)][:FINGERPRINT_DIGITS] in seen
+    ]
+    if known:
+        raise DataError(
+            f"{len(known)} rows of the test split were pretrained on by the weights that this run begins from",
+            where=str(config.weights),
+            found=", ".join(known[:10]) + (" ..." if len(known) > 10 else ""),
+            fix="begin from other weights, split otherwise, or set data.transductive: true",
+        )
 
 
 def _check_batch(config: PretrainConfig, batch_size: int) -> None:

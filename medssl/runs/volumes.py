@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from medssl.config import DataConfig
+from medssl.config.models import RunConfig
 from medssl.core.errors import ConfigError, DataError, nearest
 from medssl.core.files import read_yaml
+from medssl.core.types import ItemTable
 from medssl.data.cache import VolumeStore, prepare
+from medssl.data.feature_store import FeatureReader, FeatureStore, fit_statistics, open_features
+from medssl.data.features import TEXT_SUFFIXES, FeatureStatistics
+from medssl.data.items import ItemReader, build_items
 from medssl.data.manifest import Manifest, read_manifest
 from medssl.data.splits import with_published_splits
 from medssl.runs.progress import progress_bar
@@ -20,6 +26,8 @@ from medssl.transforms.preprocess import PrepareConfig
 
 log = logging.getLogger(__name__)
 
+STATISTICS = "features.json"
+"""Beside weights that were trained on feature tables: how the features were standardised."""
 FINGERPRINT_DIGITS = 16
 """Of the voxel hashes that weights carry: enough to recognise an image, useless for anything else."""
 
@@ -40,14 +48,14 @@ class Cohort:
     Attributes:
         manifest: Every row of the file that was not excluded.
         chosen: The rows that were prepared.
-        store: Their prepared voxels.
+        store: Their prepared voxels, or their rows of features.
         classes: Structures without background; empty when no volume has a label.
         left_out: Cases that the configuration excludes.
     """
 
     manifest: Manifest
     chosen: Manifest
-    store: VolumeStore
+    store: Any  # VolumeStore or FeatureStore; the geometry of the run's items says which
     classes: tuple[LabelClass, ...]
     left_out: tuple[str, ...]
 
@@ -100,7 +108,13 @@ def load_manifest(config: DataConfig) -> tuple[Manifest, tuple[str, ...]]:
 
 
 def open_cohort(
-    config: DataConfig, *, slice_axis: int, splits: tuple[str, ...] | None = None, every_split: bool = False
+    config: DataConfig,
+    *,
+    slice_axis: int,
+    splits: tuple[str, ...] | None = None,
+    every_split: bool = False,
+    features: bool = False,
+    names: Sequence[str] | None = None,
 ) -> Cohort:
     """Read the manifest and prepare the volumes of some splits (those in the cache already cost nothing).
 
@@ -109,9 +123,22 @@ def open_cohort(
         slice_axis: Axis along which volumes will be cut.
         splits: Default: ``config.splits``.
         every_split: Prepare all rows.
+        features: The manifest names rows of feature tables (`items.geometry: features`): nothing is prepared.
+        names: The features that weights were trained on, in their order.
+
+    Raises:
+        DataError: Also where the manifest names tables and volumes are wanted, or the other way round.
     """
     manifest, left_out = load_manifest(config)
     chosen = manifest if every_split else in_splits(manifest, splits or config.splits)
+    if features:
+        return Cohort(manifest, chosen, open_features(chosen, config.features, names=names), (), left_out)
+    if is_table(chosen):
+        raise DataError(
+            "the manifest names rows of feature tables, not images",
+            where=str(manifest.path),
+            fix="set items.geometry: features and model.encoder: {name: mlp}",
+        )
     classes = named_classes(manifest) or listed_classes(config.prepare)
     settings = with_label_values(config.prepare, classes, manifest)
     with progress_bar(f"preparing {len(chosen)} volumes") as report:
@@ -119,6 +146,78 @@ def open_cohort(
     if not classes:
         classes = found_classes(store)
     return Cohort(manifest, chosen, store, classes, left_out)
+
+
+def open_run_cohort(
+    config: RunConfig,
+    *,
+    splits: tuple[str, ...] | None = None,
+    every_split: bool = False,
+    statistics: FeatureStatistics | None = None,
+) -> Cohort:
+    """The cohort of a run, whatever its items are; see ``open_cohort``.
+
+    Args:
+        config: The run.
+        splits: Default: those of the configuration.
+        every_split: Open all rows.
+        statistics: Of weights that were trained on features: rows are opened with those features in their order.
+    """
+    return open_cohort(
+        config.data,
+        slice_axis=config.items.slice_axis,
+        splits=splits,
+        every_split=every_split,
+        features=config.spatial_dims == 0,
+        names=None if statistics is None else statistics.names,
+    )
+
+
+def weights_statistics(weights: Path | None) -> FeatureStatistics | None:
+    """How the features were standardised that some weights were trained on; None for weights of images, or no weights.
+
+    Args:
+        weights: Run folder, its ``weights`` folder or a file in that.
+    """
+    if weights is None:
+        return None
+    near = (weights.parent,) if weights.is_file() else (weights / "weights", weights)
+    found = next((folder / STATISTICS for folder in near if (folder / STATISTICS).is_file()), None)
+    return None if found is None else FeatureStatistics.load(found)
+
+
+def is_table(manifest: Manifest) -> bool:
+    """Whether the first row names a table of features by its ending (a .npy array may be either)."""
+    return manifest.image_paths(int(manifest.table["volume"].iloc[0]))[0].suffix.lower() in (*TEXT_SUFFIXES, ".parquet")
+
+
+def open_items(
+    config: RunConfig,
+    cohort: Cohort,
+    rows: Manifest,
+    *,
+    statistics: FeatureStatistics | None = None,
+    with_labels: bool = False,
+) -> tuple[ItemTable, ItemReader]:
+    """The items of some rows of an opened cohort, and what reads them.
+
+    Args:
+        config: Says what an item is.
+        cohort: Opened by ``open_cohort``.
+        rows: Which of its rows.
+        statistics: How features are standardised; None: as learnt from ``rows``, which must then be those that are
+            trained on. Left alone for images.
+        with_labels: Read label maps too.
+
+    Raises:
+        DataError: See ``build_items`` and ``FeatureReader``.
+    """
+    table = build_items(rows, cohort.store, config.items)
+    if not isinstance(cohort.store, FeatureStore):
+        return table, ItemReader(cohort.store, table, config.items, with_labels=with_labels)
+    if statistics is None:
+        statistics = fit_statistics(cohort.store, [int(volume) for volume in table.volume], config.data.features)
+    return table, FeatureReader(cohort.store, table, statistics)
 
 
 def with_label_values(settings: PrepareConfig, classes: tuple[LabelClass, ...], manifest: Manifest) -> PrepareConfig:
@@ -191,6 +290,14 @@ def found_classes(store: VolumeStore) -> tuple[LabelClass, ...]:
 def voxel_hashes(cohort: Cohort) -> Mapping[int, str]:
     """Hash of the voxels of every prepared volume (of a 4D file: of its frame), for finding copies of an image."""
     return {volume: cohort.store.voxels(volume) for volume in cohort.store.volumes}
+
+
+def row_hashes(config: RunConfig, manifest: Manifest) -> Mapping[int, str]:
+    """Hash of the features of every row; empty for images, which would have to be read whole."""
+    if config.spatial_dims != 0:
+        return {}
+    store = open_features(manifest, config.data.features, check=False)
+    return {volume: store.voxels(volume) for volume in store.volumes}
 
 
 def pretraining_manifests(weights: Path) -> list[Manifest]:
