@@ -90,7 +90,7 @@ class ItemsConfig(StrictModel):
             raise ValueError("depth is the number of slices of a slab: set it for `geometry: slab`, and only there")
         if self.geometry in ("volume", "features") and self.partitions is not None:
             raise ValueError(
-                "volumes and rows of features lie in no partition: remove partitions, or use geometry slice or slab"
+                "a volume or row of features lies in no partition: remove partitions, or use geometry slice or slab"
             )
         return self
 
