@@ -2,20 +2,31 @@
 
 from medssl.models.decoders import Decoder, SegmentationNet, build_decoder
 from medssl.models.encoders import ENCODERS, EncoderEntry, build_encoder
+from medssl.models.heads import ProjectionHead, build_head
 from medssl.models.initialise import seeded_init
 from medssl.models.norm import SyncBatchNorm, make_norm
-from medssl.models.weights import LoadReport, encoder_from_weights, load_weights, read_model, save_weights
+from medssl.models.weights import (
+    LoadReport,
+    encoder_from_weights,
+    head_from_weights,
+    load_weights,
+    read_model,
+    save_weights,
+)
 
 __all__ = [
     "ENCODERS",
     "Decoder",
     "EncoderEntry",
     "LoadReport",
+    "ProjectionHead",
     "SegmentationNet",
     "SyncBatchNorm",
     "build_decoder",
     "build_encoder",
+    "build_head",
     "encoder_from_weights",
+    "head_from_weights",
     "load_weights",
     "make_norm",
     "read_model",

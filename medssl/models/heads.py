@@ -1,18 +1,20 @@
-"""Projection heads: trained with a method, thrown away afterwards."""
+"""Projection heads: trained with a method; only the plain one is kept afterwards."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
 
-from medssl.core.errors import ShapeError
+from medssl.core.errors import ConfigError, ShapeError
 from medssl.models.blocks import CONV, conv_norm_relu
-from medssl.models.norm import Norm
+from medssl.models.norm import Norm, SyncBatchNorm
 
 Pool = Literal["flatten", "avg"]
+HeadNorm = Literal["none", "batch"]
 
 
 def mlp(in_features: int, hidden: int, out_features: int, *, bias: bool = True) -> nn.Sequential:
@@ -20,6 +22,59 @@ def mlp(in_features: int, hidden: int, out_features: int, *, bias: bool = True) 
     return nn.Sequential(
         nn.Linear(in_features, hidden, bias=bias), nn.ReLU(inplace=True), nn.Linear(hidden, out_features, bias=bias)
     )
+
+
+class ProjectionHead(nn.Module):
+    """Encoder output h (N, F) to projection z (N, D): linear, optional norm, ReLU, linear.
+
+    Chen et al. 2020 (arXiv:2002.05709), section 2.1. Exported beside the encoder, because some protocols evaluate z.
+
+    Args:
+        in_features: F.
+        hidden: Width between the two layers.
+        out_features: D.
+        norm: "none" (the paper's formula), or "batch": batch norm over all processes after the first layer.
+
+    Attributes:
+        architecture: What ``build_head`` needs to build it again.
+    """
+
+    kind: Final = "projection"
+
+    def __init__(self, in_features: int, hidden: int, out_features: int, norm: HeadNorm = "none") -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.architecture: dict[str, Any] = {
+            "kind": self.kind,
+            "in_features": in_features,
+            "hidden": hidden,
+            "out_features": out_features,
+            "norm": norm,
+        }
+        layers: list[nn.Module] = [nn.Linear(in_features, hidden, bias=norm == "none")]
+        if norm == "batch":
+            layers.append(SyncBatchNorm(hidden))
+        self.layers = nn.Sequential(*layers, nn.ReLU(inplace=True), nn.Linear(hidden, out_features))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(N, in_features) to (N, out_features), raw: comparisons normalise."""
+        z: Tensor = self.layers(h)
+        return z
+
+
+def build_head(architecture: Mapping[str, Any]) -> ProjectionHead:
+    """The head that ``architecture`` describes, with fresh weights.
+
+    Raises:
+        ConfigError: A description that this version does not know.
+    """
+    settings = {name: value for name, value in architecture.items() if name != "kind"}
+    if architecture.get("kind") != ProjectionHead.kind or settings.get("norm") not in ("none", "batch"):
+        raise ConfigError("a projection head of an unknown kind", found=str(dict(architecture))[:200])
+    try:
+        return ProjectionHead(**settings)
+    except TypeError as error:
+        raise ConfigError("the description of a projection head is incomplete", found=str(error)) from error
 
 
 class GlobalHead(nn.Module):

@@ -15,14 +15,15 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
-from medssl.core.errors import WeightsError
+from medssl.core.errors import ConfigError, WeightsError
 from medssl.core.files import atomic_write, write_json
 from medssl.core.schema import validate
 from medssl.models.encoders import ENCODERS
+from medssl.models.heads import build_head
 
 log = logging.getLogger(__name__)
 
-Part = Literal["encoder", "decoder"]
+Part = Literal["encoder", "decoder", "head"]
 
 FORMAT: Final = 1
 MAX_BYTES: Final = 8_000_000_000
@@ -55,9 +56,15 @@ class LoadReport:
 
 
 def save_weights(
-    folder: Path, encoder: nn.Module, decoder: nn.Module | None = None, *, info: Mapping[str, Any] | None = None
+    folder: Path,
+    encoder: nn.Module,
+    decoder: nn.Module | None = None,
+    *,
+    head: nn.Module | None = None,
+    info: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write ``encoder.safetensors``, ``decoder.safetensors`` if there is one, and ``model.json``.
+    """Write ``encoder.safetensors``, ``decoder.safetensors`` and ``head.safetensors`` if there are such, and
+    ``model.json``.
 
     Each file appears whole or not at all; model.json comes last with the checksums of the others, so that a mixture of
     two writes is noticed on loading. Nothing about people, paths or machines is written beyond what ``info`` holds.
@@ -65,14 +72,16 @@ def save_weights(
     Args:
         folder: Created if needed.
         encoder: Has ``architecture``.
-        decoder: None: an older decoder in the folder is removed.
+        decoder: Has ``architecture``; None: an older decoder in the folder is removed.
+        head: A `ProjectionHead`; None: an older head in the folder is removed.
         info: Values for JSON (method, step, versions); no paths and no ids.
 
     Raises:
         DiskError: No space or no permission.
     """
     sums = {}
-    for name, module in (("encoder", encoder), ("decoder", decoder)):
+    parts = {"encoder": encoder, "decoder": decoder, "head": head}
+    for name, module in parts.items():
         if module is not None:
             tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
             data = save_safetensors(tensors)
@@ -80,19 +89,20 @@ def save_weights(
             sums[f"{name}.safetensors"] = hashlib.sha256(data).hexdigest()
     description = {
         "format": FORMAT,
-        "encoder": encoder.architecture,
-        "decoder": None if decoder is None else decoder.architecture,
+        **{name: None if module is None else module.architecture for name, module in parts.items()},
         "sha256": sums,
         "info": dict(info or {}),
     }
     write_json(folder / "model.json", description)
-    if decoder is None:
-        (folder / "decoder.safetensors").unlink(missing_ok=True)
+    for name, module in parts.items():
+        if module is None:
+            (folder / f"{name}.safetensors").unlink(missing_ok=True)
     return folder
 
 
 def read_model(path: Path) -> dict[str, Any]:
-    """The description ``model.json`` of a weights folder or run folder.
+    """The description ``model.json`` of a weights folder or run folder: architectures of ``encoder``, ``decoder`` and
+    ``head`` (the last two may be None), ``sha256`` of the files, ``info``.
 
     Raises:
         WeightsError: Missing, not JSON, or of a newer format.
@@ -116,6 +126,7 @@ def read_model(path: Path) -> dict[str, Any]:
             found=f"format {description['format']}, known up to {FORMAT}",
             fix="update medssl",
         )
+    description.setdefault("head", None)  # weights from before heads were kept
     return description
 
 
@@ -140,6 +151,24 @@ def encoder_from_weights(path: Path) -> nn.Module:
     return encoder
 
 
+def head_from_weights(path: Path) -> nn.Module | None:
+    """The projection head stored in a weights folder or run folder, or None where its method had none.
+
+    Raises:
+        WeightsError: Unreadable, or a head that this version does not know.
+    """
+    path = Path(path)
+    architecture = read_model(path)["head"]
+    if architecture is None:
+        return None
+    try:
+        head = build_head(architecture)
+    except ConfigError as error:
+        raise WeightsError(error.message, where=str(path), found=error.found, fix="update medssl") from error
+    load_weights(head, path, part="head", minimum=1.0)
+    return head
+
+
 def load_weights(
     module: nn.Module,
     path: Path,
@@ -155,7 +184,7 @@ def load_weights(
     same response as before.
 
     Args:
-        module: Encoder or decoder; changed in place, and only when nothing is wrong.
+        module: Encoder, decoder or head; changed in place, and only when nothing is wrong.
         path: Run folder, weights folder, .safetensors file, or a file of another program (.pt, .pth, .ckpt, .bin),
             which is read without running anything in it.
         part: Which file of a folder.
@@ -213,7 +242,7 @@ def _find(path: Path, part: Part) -> tuple[Path, dict[str, Any] | None]:
             found=f"sha256 {found[:16]}..., expected {str(expected)[:16]}...",
             fix="copy or export the weights again",
         )
-    return file, description[part if file.stem not in ("encoder", "decoder") else file.stem]
+    return file, description[file.stem if file.stem in ("encoder", "decoder", "head") else part]
 
 
 def _read(file: Path) -> dict[str, Tensor]:
@@ -291,7 +320,7 @@ def _check_fit(
     minimum: float,
 ) -> None:
     fits = len(report.matched) + len(report.adapted)
-    others = report.missing if part == "encoder" else report.skipped
+    others = report.skipped if part == "decoder" else report.missing
     total = fits + len(others)
     if fits and fits / total >= minimum:
         return
@@ -312,7 +341,9 @@ def _name(architecture: dict[str, Any] | None) -> str:
         return "an architecture that is not stated"
     config = architecture.get("config", architecture)
     details = {key: value for key, value in config.items() if key in ("widths", "norm", "blocks")}
-    return " ".join([str(config.get("name")), *(f"{key} {value}" for key, value in details.items())])
+    return " ".join(
+        [str(config.get("name", config.get("kind"))), *(f"{key} {value}" for key, value in details.items())]
+    )
 
 
 def _warn_strides(module: nn.Module, architecture: dict[str, Any] | None, file: Path) -> None:

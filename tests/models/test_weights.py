@@ -8,7 +8,15 @@ import torch
 from torch.testing import assert_close
 
 from medssl.core.errors import WeightsError
-from medssl.models import build_decoder, build_encoder, encoder_from_weights, load_weights, save_weights
+from medssl.models import (
+    ProjectionHead,
+    build_decoder,
+    build_encoder,
+    encoder_from_weights,
+    head_from_weights,
+    load_weights,
+    save_weights,
+)
 from medssl.models.encoders import UNet2dConfig, UNet3dConfig
 
 
@@ -164,3 +172,42 @@ def test_other_strides_than_the_weights_were_trained_with_are_reported(tmp_path,
     save_weights(tmp_path, encoder(strides=((2, 2), (2, 2))))
     load_weights(encoder(strides=((2, 2), (1, 2))), tmp_path)
     assert "trained with strides" in caplog.text
+
+
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_the_projection_head_is_kept_beside_the_encoder(tmp_path, norm):
+    head = ProjectionHead(8, 5, 3, norm=norm)
+    with torch.no_grad():
+        head(torch.randn(4, 8))  # moves running statistics
+    save_weights(tmp_path / "weights", encoder(), head=head)
+    again = head_from_weights(tmp_path)
+    assert same(again, head)
+    h = torch.randn(6, 8)
+    assert_close(again.eval()(h), head.eval()(h))
+
+    damaged = bytearray((tmp_path / "weights" / "head.safetensors").read_bytes())
+    damaged[-1] ^= 1
+    (tmp_path / "weights" / "head.safetensors").write_bytes(damaged)
+    with pytest.raises(WeightsError, match="checksum"):
+        head_from_weights(tmp_path)
+
+    save_weights(tmp_path / "weights", encoder())
+    assert head_from_weights(tmp_path) is None
+    assert not (tmp_path / "weights" / "head.safetensors").exists()
+
+
+def test_weights_from_before_heads_were_kept_have_none(tmp_path):
+    save_weights(tmp_path, encoder())
+    description = json.loads((tmp_path / "model.json").read_text())
+    del description["head"]
+    (tmp_path / "model.json").write_text(json.dumps(description))
+    assert head_from_weights(tmp_path) is None
+
+
+def test_a_head_of_an_unknown_kind_is_refused(tmp_path):
+    save_weights(tmp_path, encoder(), head=ProjectionHead(8, 5, 3))
+    description = json.loads((tmp_path / "model.json").read_text())
+    description["head"]["kind"] = "of tomorrow"
+    (tmp_path / "model.json").write_text(json.dumps(description))
+    with pytest.raises(WeightsError, match="unknown kind"):
+        head_from_weights(tmp_path)
