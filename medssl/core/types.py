@@ -130,6 +130,7 @@ class Needs:
         decoder: It needs (and trains) decoder blocks.
         min_batch: Smallest global batch.
         trains: Which weights it leaves behind.
+        features: What its ``LossOutput.features`` hold, for regularisers that are added to it.
     """
 
     views: int = 2
@@ -142,6 +143,7 @@ class Needs:
     decoder: bool = False
     min_batch: int = 1
     trains: tuple[str, ...] = ("encoder",)
+    features: tuple[str, ...] = ("h",)
 
 
 @dataclass
