@@ -102,7 +102,12 @@ def data_scan(
     ] = None,
     label: Annotated[str | None, typer.Option(help="folder: label of an image, with the same fields.")] = None,
     channels: Annotated[str | None, typer.Option(help="msd: all, both, or one modality of a 4D image.")] = None,
-    modality: Annotated[str | None, typer.Option(help="mmwhs: both, MR or CT; folder: what the images are.")] = None,
+    modality: Annotated[
+        str | None,
+        typer.Option(
+            help="mmwhs: both, MR or CT; openbhb: vbm, quasiraw, roi_cat12, roi_desikan, roi_destrieux; folder: any."
+        ),
+    ] = None,
     suffix: Annotated[str | None, typer.Option(help="bids: images, e.g. T1w; 'T1w;FLAIR' as channels.")] = None,
     frames: Annotated[str | None, typer.Option(help="acdc: labelled (ED and ES) or cine (every frame).")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing manifest.")] = False,

@@ -28,8 +28,8 @@ def mask_for(volume: Volume, config: PrepareConfig, *, where: str) -> npt.NDArra
     if inside.shape != volume.data.shape[1:]:
         found = f"mask {inside.shape}, volume {volume.data.shape[1:]}"
         raise DataError(f"the mask {config.mask} has another shape", where=where, found=found, fix=fix)
-    plain = affine is None or np.array_equal(volume.affine, np.eye(4))
-    if not plain and not affines_agree(volume.affine, affine, inside.shape):
+    placed = not np.array_equal(volume.affine, np.eye(4))
+    if affine is not None and placed and not affines_agree(volume.affine, affine, inside.shape):
         raise DataError(f"the mask {config.mask} lies at another place", where=where, found="affines differ", fix=fix)
     return inside
 

@@ -13,7 +13,7 @@ from typing import Any, Final, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from medssl.core.errors import ConfigError, DataError, nearest
-from medssl.data.cohorts import acdc, bids, folder, mmwhs, msd, nnunet, synthetic
+from medssl.data.cohorts import acdc, bids, folder, mmwhs, msd, nnunet, openbhb, synthetic
 from medssl.data.cohorts.base import Cohort, Discovery, Recognition, Skipped, existing_folder
 
 __all__ = ["COHORTS", "Cohort", "Discovery", "Recognition", "Skipped", "discover_any", "recognise_any"]
@@ -36,6 +36,13 @@ COHORTS: Final[Mapping[str, Cohort]] = MappingProxyType(
             mmwhs.recognise,
             "MMWHS whole-heart MR and CT",
             "mr_train_NNNN_image.nii.gz (or ct_)",
+        ),
+        "openbhb": Cohort(
+            "openbhb",
+            openbhb.discover,
+            openbhb.recognise,
+            "OpenBHB brain MRI: arrays and measures of regions",
+            "participants.tsv beside train/derivatives or val/derivatives",
         ),
         "bids": Cohort(
             "bids", bids.discover, bids.recognise, "a BIDS folder", "sub-* folders with BIDS names or participants.tsv"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -31,6 +32,8 @@ COLUMNS: Final = (
     "split",
     "group",
 )
+MISSING: Final = frozenset({"", "n/a", "na", "nan", "none", "unknown"})
+"""What tables of participants write, in any case, where a value is missing."""
 NIFTI_SUFFIXES: Final = (".nii.gz", ".nii")
 _JUNK: Final = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
@@ -170,6 +173,42 @@ def build_table(rows: Sequence[Mapping[str, Any]], *, root: Path, layout: str) -
     for name in {"age", "height_cm", "weight_kg"} & set(kept):
         table[name] = table[name].astype("float64")
     return table
+
+
+def read_tsv(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Column names in lower case, and the line number and stripped cells by column of every row that is not empty.
+
+    Raises:
+        DataError: If the file cannot be read, or a row has another number of cells than the header.
+    """
+    try:
+        lines = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines(), delimiter="\t"))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(
+            "cannot read the file", where=str(path), found=str(error), fix="save it as UTF-8 text"
+        ) from error
+    header = [name.strip().lower() for name in lines[0]] if lines else []
+    records = []
+    for number, cells in enumerate(lines[1:], start=2):
+        if not any(cell.strip() for cell in cells):
+            continue
+        if len(cells) != len(header):
+            raise DataError(
+                f"a line has {len(cells)} cells, the header {len(header)}",
+                where=f"{path}, line {number}",
+                fix="separate the cells by tabs, with n/a for a missing value",
+            )
+        records.append((number, dict(zip(header, (cell.strip() for cell in cells)))))
+    return header, records
+
+
+def years(text: str | None) -> float | None:
+    """An age of 0 to 120 years, or None for anything else."""
+    try:
+        age = float(text) if text is not None else -1.0
+    except ValueError:
+        return None
+    return age if 0 <= age <= 120 else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -10,6 +9,7 @@ from typing import Any, Final
 
 from medssl.core.errors import DataError
 from medssl.data.cohorts.base import (
+    MISSING,
     NIFTI_SUFFIXES,
     Discovery,
     Recognition,
@@ -22,12 +22,13 @@ from medssl.data.cohorts.base import (
     make_meta,
     natural_key,
     read_json,
+    read_tsv,
     stem,
+    years,
 )
 from medssl.data.manifest import ManifestMeta
 
 _ENTITY: Final = re.compile(r"^([A-Za-z]+)-([A-Za-z0-9]+)$")
-_MISSING: Final = {"", "n/a", "na", "nan", "none", "unknown"}
 # Names under which participants.tsv files give our columns, compared without case.
 _PARTICIPANT_COLUMNS: Final = {
     "age": ("age", "age_at_scan", "age_years"),
@@ -209,55 +210,30 @@ def _participants(root: Path, skipped: list[Skipped]) -> dict[str, dict[str, Any
     path = root / "participants.tsv"
     if not path.is_file():
         return {}
-    try:
-        lines = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines(), delimiter="\t"))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(
-            "cannot read the file", where=str(path), found=str(error), fix="save it as UTF-8 text"
-        ) from error
-    header = [name.strip().lower() for name in lines[0]] if lines else []
+    header, records = read_tsv(path)
     if "participant_id" not in header:
         raise DataError(
             "no column participant_id", where=str(path), found=", ".join(header)[:200], fix="correct the header"
         )
     chosen = {ours: next((n for n in names if n in header), None) for ours, names in _PARTICIPANT_COLUMNS.items()}
     people: dict[str, dict[str, Any]] = {}
-    for number, cells in enumerate(lines[1:], start=2):
-        if not any(cell.strip() for cell in cells):
-            continue
-        if len(cells) != len(header):
-            raise DataError(
-                f"a line has {len(cells)} cells, the header {len(header)}",
-                where=f"{path}, line {number}",
-                fix="separate the cells by tabs, with n/a for a missing value",
-            )
-        record = dict(zip(header, (cell.strip() for cell in cells)))
+    for _, record in records:
         subject = record["participant_id"]
         subject = subject if subject.startswith("sub-") else f"sub-{subject}"
         values: dict[str, Any] = {}
         for ours, theirs in chosen.items():
             value = record[theirs] if theirs else ""
-            values[ours] = None if value.lower() in _MISSING else value
-        values["age"] = _age(values["age"], subject, skipped)
+            values[ours] = None if value.lower() in MISSING else value
+        age, values["age"] = values["age"], years(values["age"])
+        if age is not None and values["age"] is None:
+            why = f"{subject}: age {age!r} is no number of years; left missing"
+            skipped.append(Skipped("participants.tsv", why))
         for ours, value in people.get(subject, {}).items():
             if value != values[ours]:
                 values[ours] = None
                 skipped.append(Skipped("participants.tsv", f"{subject}: two lines differ in {ours}; left missing"))
         people[subject] = values
     return people
-
-
-def _age(text: str | None, subject: str, skipped: list[Skipped]) -> float | None:
-    if text is None:
-        return None
-    try:
-        age = float(text)
-    except ValueError:
-        age = -1.0
-    if 0 <= age <= 120:
-        return age
-    skipped.append(Skipped("participants.tsv", f"{subject}: age {text!r} is no number of years; left missing"))
-    return None
 
 
 def _meta(root: Path, suffix: str) -> ManifestMeta:
