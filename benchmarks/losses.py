@@ -1,20 +1,41 @@
-"""Forward and backward time of every loss, beside plain InfoNCE timed in the same rounds.
+"""Forward and backward time and memory of every loss, beside plain InfoNCE measured in the same rounds.
 
 Run: python benchmarks/losses.py [--rounds 7] [--sizes 64 256 1024]. Contenders take turns round by round in rotated
 order, one thread; a ratio is the median of the ratios inside a round, so that a busy machine disturbs both sides.
+Memory is the growth of the resident peak during one call, in a process forked for it (Linux and macOS).
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from medssl.losses import global_contrastive, local_contrastive, nearest_negatives, nt_xent, region_corners
+from medssl.losses import (
+    alignment,
+    decoupled_uniformity,
+    end,
+    fair_kl,
+    global_contrastive,
+    l_exp,
+    l_thr,
+    label_kernel,
+    local_contrastive,
+    nearest_negatives,
+    nt_xent,
+    region_corners,
+    sup_con,
+    sup_info_nce,
+    uniformity,
+    y_aware,
+)
 
 D = 128
 CHANNELS, SIDE = 128, 16  # dense maps: single voxels of 128 channels stand for learned regions of 128 values
@@ -45,14 +66,70 @@ def contenders(n: int) -> dict[str, Callable[[], Tensor]]:
         "local lr, 5 nearest": lambda: local_contrastive(a, b, corners, **dense),
         "local lr, all others": lambda: local_contrastive(a, b, corners, region_size=1),
     }
+    table |= weak(z)
     if n <= DENSE_PAIRS_LIMIT:
         table["local ld, 5 nearest"] = lambda: local_contrastive(a, b, corners, strategy="ld", **dense, **codes)
     return table
 
 
-def measure(n: int, rounds: int) -> None:
+def weak(z: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """What takes labels, of two views (the regularisers: of one); the kernel is given, as in a training step."""
+    n, pair = len(z), z[:, 1:]
+    age, site = 20 + 60 * torch.rand(n, dtype=torch.float64), torch.randint(0, 20, (n,))
+    decade, kernel = (age // 10).long(), label_kernel(age, sigma=5.0)
+    unit = torch.nn.functional.normalize
+
+    def fairness(**positives: Tensor) -> Tensor:
+        terms = fair_kl(z[:, 1], site, **positives)
+        return terms.positive + terms.negative
+
+    def entangle() -> Tensor:
+        terms = end(z[:, 1], site, decade)
+        return terms.perpendicular + terms.parallel
+
+    return {
+        "sup_con": lambda: sup_con(pair, decade, epsilon=0.1),
+        "sup_info_nce out": lambda: sup_info_nce(pair, decade, epsilon=0.1),
+        "sup_info_nce in": lambda: sup_info_nce(pair, decade, epsilon=0.1, form="in"),
+        "y_aware": lambda: y_aware(pair, kernel),
+        "y_aware and its kernel": lambda: y_aware(pair, label_kernel(age, sigma=5.0)),
+        "l_thr": lambda: l_thr(pair, kernel),
+        "l_thr compared": lambda: l_thr(pair, kernel, normalizer="compared"),
+        "l_exp": lambda: l_exp(pair, kernel),
+        "l_exp as run": lambda: l_exp(pair, kernel, similarity="neg_sqdist", positive_in_denominator=True),
+        "fair_kl all pairs": fairness,
+        "fair_kl labels": lambda: fairness(labels=decade),
+        "fair_kl kernel": lambda: fairness(weights=kernel),
+        "end": entangle,
+        "align and uniform": lambda: (
+            alignment(unit(z[:, 1], dim=1), unit(z[:, 2], dim=1)) + uniformity(unit(z[:, 1], dim=1))
+        ),
+        "decoupled plain": lambda: decoupled_uniformity(pair),
+        "decoupled kernel": lambda: decoupled_uniformity(pair, prior_kernel=kernel),
+    }
+
+
+def peak_mib(loss: Callable[[], Tensor]) -> float:
+    """Growth of the resident peak over one forward and backward, in a forked process of its own."""
+    context = multiprocessing.get_context("fork")
+    grown = context.SimpleQueue()
+
+    def child() -> None:
+        unit = 2**10 if sys.platform == "linux" else 1
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        loss().backward()
+        grown.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit / 2**20)
+
+    process = context.Process(target=child)
+    process.start()
+    process.join()
+    return float(grown.get())
+
+
+def measure(n: int, rounds: int, only: str | None) -> None:
     table = contenders(n)
-    names = list(table)
+    names = [name for name in table if only is None or only in name or "reference" in name]
+    peaks = {name: peak_mib(table[name]) for name in names}  # before this process has a backward of its own
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds + 1):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
@@ -60,21 +137,23 @@ def measure(n: int, rounds: int) -> None:
             table[name]().backward()
             if turn:  # the first round warms up
                 times[name].append(1000 * (time.perf_counter() - start))
-    print(f"\nn = {n}, {rounds} rounds: ms, median (min-max), and ratio to the reference")
+    print(f"\nn = {n}, {rounds} rounds: ms, median (min-max), ratio to the reference; MiB at the peak, ratio")
     for name in names:
         ratio = statistics.median(t / r for t, r in zip(times[name], times[names[0]], strict=True))
         spread = f"({min(times[name]):.1f}-{max(times[name]):.1f})"
-        print(f"  {name:<22}{statistics.median(times[name]):8.1f} {spread:<18}{ratio:6.2f}x")
+        memory = f"{peaks[name]:8.0f}{peaks[name] / max(peaks[names[0]], 1e-9):7.2f}x"
+        print(f"  {name:<24}{statistics.median(times[name]):8.1f} {spread:<18}{ratio:6.2f}x{memory}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--only", help="contenders whose name contains this, and the reference")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for n in options.sizes:
-        measure(n, options.rounds)
+        measure(n, options.rounds, options.only)
 
 
 if __name__ == "__main__":
