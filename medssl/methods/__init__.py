@@ -4,11 +4,18 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
+from medssl.methods.debias import DebiasConfig, Debiased, EnDConfig, FairKLConfig, TargetConfig, with_debias
+from medssl.methods.decoupled_uniformity import DecoupledUniformity, DecoupledUniformityConfig
 from medssl.methods.entry import MethodEntry
 from medssl.methods.gcl import GCL, GCLConfig
+from medssl.methods.l_exp import LExp, LExpConfig
+from medssl.methods.l_thr import LThr, LThrConfig
 from medssl.methods.lcl import LCL, LCLConfig
 from medssl.methods.segmentation import Segmentation, SegmentationConfig
 from medssl.methods.simclr import SimCLR, SimCLRConfig
+from medssl.methods.sup_info_nce import SupInfoNCE, SupInfoNCEConfig
+from medssl.methods.supcon import SupCon, SupConConfig
+from medssl.methods.y_aware import YAware, YAwareConfig
 
 METHODS: Final[Mapping[str, MethodEntry]] = MappingProxyType(
     {
@@ -27,6 +34,39 @@ METHODS: Final[Mapping[str, MethodEntry]] = MappingProxyType(
             "local contrast of regions; pretrains decoder blocks on a frozen encoder",
             "Chaitanya et al. 2020 (arXiv:2006.10511)",
         ),
+        "supcon": MethodEntry(
+            SupConConfig, SupCon, "items of one class attract", "Khosla et al. 2020 (arXiv:2004.11362)"
+        ),
+        "sup_info_nce": MethodEntry(
+            SupInfoNCEConfig,
+            SupInfoNCE,
+            "items of one class attract by a margin, compared with negatives alone",
+            "Barbano et al. 2023 (arXiv:2211.05568)",
+        ),
+        "y_aware": MethodEntry(
+            YAwareConfig,
+            YAware,
+            "items attract by how alike their age and other weak labels are",
+            "Dufumier et al. 2021 (arXiv:2106.08808)",
+        ),
+        "l_thr": MethodEntry(
+            LThrConfig,
+            LThr,
+            "an item attracts others more than those less alike in age",
+            "Barbano et al. 2023 (arXiv:2211.08326)",
+        ),
+        "l_exp": MethodEntry(
+            LExpConfig,
+            LExp,
+            "items repel by how unlike they are in age",
+            "Barbano et al. 2023 (arXiv:2211.08326)",
+        ),
+        "decoupled_uniformity": MethodEntry(
+            DecoupledUniformityConfig,
+            DecoupledUniformity,
+            "centroids of views spread out, guided by weak labels or any embedding table",
+            "Dufumier et al. 2023 (arXiv:2206.01646)",
+        ),
     }
 )
 """Pretraining methods."""
@@ -43,4 +83,14 @@ TASKS: Final[Mapping[str, MethodEntry]] = MappingProxyType(
 )
 """Fine-tuning tasks."""
 
-__all__ = ["METHODS", "TASKS", "MethodEntry"]
+__all__ = [
+    "METHODS",
+    "TASKS",
+    "DebiasConfig",
+    "Debiased",
+    "EnDConfig",
+    "FairKLConfig",
+    "MethodEntry",
+    "TargetConfig",
+    "with_debias",
+]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from medssl.core.schema import StrictModel
 from medssl.core.types import Method, ModelParts, ViewBatch
@@ -51,3 +51,14 @@ def stacked_views(batch: ViewBatch, n: int) -> Tensor:
 def split_views(rows: Tensor, n: int) -> Tensor:
     """Rows (n N, D) of ``stacked_views`` as (N, n, D), ready to be gathered by item."""
     return rows.unflatten(0, (n, -1)).transpose(0, 1)
+
+
+def embed_views(encoder: nn.Module, head: nn.Module, batch: ViewBatch, n: int | None = None) -> tuple[Tensor, Tensor]:
+    """Features of view 0 and projections of the first ``n`` views (None: all), of this process's items.
+
+    Returns:
+        h (N, F) and z (N, n, D), both raw and with gradient.
+    """
+    n = len(batch.views) if n is None else n
+    h = encoder(stacked_views(batch, n))
+    return h[: len(batch.views[0])], split_views(head(h), n)

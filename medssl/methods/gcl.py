@@ -37,7 +37,7 @@ class GCLConfig(StrictModel):
     def needs(self) -> Needs:
         """gd- and gd need whole sets of partitions of several volumes, and the item itself as view 0."""
         if self.strategy == "gr":
-            return Needs(views=2, spatial_dims=IMAGES, min_batch=2)
+            return Needs(views=2, spatial_dims=IMAGES, min_batch=2, features=("h", "z"))
         return Needs(
             views=3,
             original=True,
@@ -45,6 +45,7 @@ class GCLConfig(StrictModel):
             partitions=True,
             spatial_dims=IMAGES,
             min_batch=2,
+            features=("h", "z"),
         )
 
 
@@ -67,9 +68,10 @@ class GCL(Method):
         """Global contrast over the items of every process."""
         n_views = self.config.n_views
         coarsest = self.encoder.feature_maps(stacked_views(batch, n_views))[-1]
-        z = split_views(self.head(coarsest), n_views)  # (N, V, D)
-        z, partition, volume = gather((z, batch.items["partition"], batch.items["volume"]))
+        own = split_views(self.head(coarsest), n_views)  # (N, V, D)
+        h = coarsest[: len(own)].flatten(2).mean(2)
+        z, partition, volume = gather((own, batch.items["partition"], batch.items["volume"]))
         loss = global_contrastive(
             z, partition, volume, strategy=self.config.strategy, temperature=self.config.temperature
         )
-        return LossOutput(loss, embedding=z[:, 0].detach())
+        return LossOutput(loss, embedding=z[:, 0].detach(), features={"h": h, "z": own[:, 0]})

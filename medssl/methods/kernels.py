@@ -53,6 +53,14 @@ class KernelConfig(StrictModel):
             for name, one in self.attributes.items()
         )
 
+    def columns_of(self, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What must be gathered for ``weights``: the columns as float64 with NaN where missing.
+
+        Raises:
+            ConfigError: A column that the labels do not hold.
+        """
+        return {name: label_values(labels, name) for name in self.attributes}
+
     def weights(self, labels: Mapping[str, Tensor]) -> Tensor:
         """Kernel of a (gathered) batch.
 

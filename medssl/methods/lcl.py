@@ -51,6 +51,7 @@ class LCLConfig(StrictModel):
             partitions=self.strategy == "ld",
             decoder=True,
             trains=("decoder",) if self.freeze_encoder else ("encoder", "decoder"),
+            features=(),
         )
 
 

@@ -48,7 +48,14 @@ class SegmentationConfig(StrictModel):
 
     def needs(self) -> Needs:
         """One view of each item, with its label map."""
-        return Needs(views=1, labels=("label_map",), spatial_dims=IMAGES, decoder=True, trains=("encoder", "decoder"))
+        return Needs(
+            views=1,
+            labels=("label_map",),
+            spatial_dims=IMAGES,
+            decoder=True,
+            trains=("encoder", "decoder"),
+            features=(),
+        )
 
 
 class Segmentation(Method):

@@ -10,8 +10,8 @@ from medssl.core.distributed import gather
 from medssl.core.schema import StrictModel
 from medssl.core.types import LossOutput, Method, ModelParts, Needs, ViewBatch
 from medssl.losses import nt_xent
-from medssl.methods.entry import split_views, stacked_views
-from medssl.models.heads import mlp
+from medssl.methods.entry import embed_views
+from medssl.models.heads import ProjectionHead
 
 
 class SimCLRConfig(StrictModel):
@@ -27,7 +27,7 @@ class SimCLRConfig(StrictModel):
 
     def needs(self) -> Needs:
         """Two views of anything."""
-        return Needs(views=2, min_batch=2)
+        return Needs(views=2, min_batch=2, features=("h", "z"))
 
 
 class SimCLR(Method):
@@ -38,10 +38,11 @@ class SimCLR(Method):
         self.config = config
         self.encoder = parts.encoder
         features = parts.encoder.out_features
-        self.head = mlp(features, config.hidden_dim or features, config.projection_dim)
+        self.head = ProjectionHead(features, config.hidden_dim or features, config.projection_dim)
 
     def training_loss(self, batch: ViewBatch) -> LossOutput:
         """NT-Xent over the items of every process."""
-        z = gather(split_views(self.head(self.encoder(stacked_views(batch, 2))), 2))  # (N, 2, D)
+        h, own = embed_views(self.encoder, self.head, batch, 2)
+        z = gather(own)  # (N, 2, D)
         loss = nt_xent(z[:, 0], z[:, 1], temperature=self.config.temperature)
-        return LossOutput(loss, embedding=z[:, 0].detach())
+        return LossOutput(loss, embedding=z[:, 0].detach(), features={"h": h, "z": own[:, 0]})

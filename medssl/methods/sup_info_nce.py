@@ -1,0 +1,72 @@
+"""epsilon-SupInfoNCE: positives of the same class, each compared with the negatives alone."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import PositiveFloat, PositiveInt, model_validator
+
+from medssl.core.distributed import gather
+from medssl.core.schema import StrictModel
+from medssl.core.types import LossOutput, Method, ModelParts, Needs, ViewBatch
+from medssl.data.weak_labels import LabelUse
+from medssl.losses import sup_info_nce
+from medssl.methods.classes import Bins, check_bins, class_labels, class_use
+from medssl.methods.entry import embed_views
+from medssl.models.heads import ProjectionHead
+
+
+class SupInfoNCEConfig(StrictModel):
+    """Settings of epsilon-SupInfoNCE."""
+
+    name: Literal["sup_info_nce"] = "sup_info_nce"
+    label: str = "diagnosis"
+    """Column of the manifest whose values are the classes."""
+    bins: Bins | None = None
+    """Of a column of numbers: a width (2.0: two years of age), or rising edges; null: equal values are one class."""
+    form: Literal["out", "in"] = "out"
+    """Whether the sum over positives is outside or inside the logarithm (Barbano et al. 2023, Eq. (6), (7))."""
+    epsilon: float = 0.5
+    """Margin by which a positive must be closer than the closest negative, on the logits (Barbano et al. 2023: 0.1,
+    0.25 or 0.5, the last best on ImageNet-100)."""
+    temperature: PositiveFloat = 0.1
+    """Barbano et al. 2023: 0.1."""
+    hidden_dim: PositiveInt | None = None
+    """Width between the two layers of the head; null: as many as the encoder gives."""
+    projection_dim: PositiveInt = 128
+    """Length of the compared vectors (Barbano et al. 2023)."""
+
+    @model_validator(mode="after")
+    def _numbers_in_bins(self) -> SupInfoNCEConfig:
+        check_bins(self.label, self.bins)
+        return self
+
+    def needs(self) -> Needs:
+        """One view or more of anything, and the label."""
+        return Needs(views=1, min_batch=2, labels=(self.label,), features=("h", "z"))
+
+    def label_uses(self) -> tuple[LabelUse, ...]:
+        """What the label's column must be."""
+        return (class_use(self.label, self.bins, "method.label"),)
+
+
+class SupInfoNCE(Method):
+    """Barbano et al. 2023, "Unbiased Supervised Contrastive Learning" (arXiv:2211.05568).
+
+    With one view an item has positives only where another item of the batch has its class.
+    """
+
+    def __init__(self, config: SupInfoNCEConfig, parts: ModelParts) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = parts.encoder
+        features = parts.encoder.out_features
+        self.head = ProjectionHead(features, config.hidden_dim or features, config.projection_dim)
+
+    def training_loss(self, batch: ViewBatch) -> LossOutput:
+        """epsilon-SupInfoNCE over the items of every process and all their views."""
+        config = self.config
+        h, own = embed_views(self.encoder, self.head, batch)
+        z, label = gather((own, class_labels(batch.labels, config.label, config.bins)))
+        loss = sup_info_nce(z, label, temperature=config.temperature, epsilon=config.epsilon, form=config.form)
+        return LossOutput(loss, embedding=z[:, 0].detach(), features={"h": h, "z": own[:, 0]})

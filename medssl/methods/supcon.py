@@ -1,0 +1,69 @@
+"""SupCon: all views of all items of one class attract."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import PositiveFloat, PositiveInt, model_validator
+
+from medssl.core.distributed import gather
+from medssl.core.schema import StrictModel
+from medssl.core.types import LossOutput, Method, ModelParts, Needs, ViewBatch
+from medssl.data.weak_labels import LabelUse
+from medssl.losses import sup_con
+from medssl.methods.classes import Bins, check_bins, class_labels, class_use
+from medssl.methods.entry import embed_views
+from medssl.models.heads import ProjectionHead
+
+
+class SupConConfig(StrictModel):
+    """Settings of the supervised contrastive loss."""
+
+    name: Literal["supcon"] = "supcon"
+    label: str = "diagnosis"
+    """Column of the manifest whose values are the classes."""
+    bins: Bins | None = None
+    """Of a column of numbers: a width (2.0: two years of age), or rising edges; null: equal values are one class."""
+    temperature: PositiveFloat = 0.1
+    """Khosla et al. 2020, section 4: 0.1."""
+    epsilon: float = 0.0
+    """Margin on the logits of positives (epsilon-SupCon, Barbano et al. 2023); 0: SupCon."""
+    hidden_dim: PositiveInt | None = None
+    """Width between the two layers of the head; null: as many as the encoder gives."""
+    projection_dim: PositiveInt = 128
+    """Length of the compared vectors (Khosla et al. 2020, section 3.1)."""
+
+    @model_validator(mode="after")
+    def _numbers_in_bins(self) -> SupConConfig:
+        check_bins(self.label, self.bins)
+        return self
+
+    def needs(self) -> Needs:
+        """One view or more of anything, and the label."""
+        return Needs(views=1, min_batch=2, labels=(self.label,), features=("h", "z"))
+
+    def label_uses(self) -> tuple[LabelUse, ...]:
+        """What the label's column must be."""
+        return (class_use(self.label, self.bins, "method.label"),)
+
+
+class SupCon(Method):
+    """Khosla et al. 2020, "Supervised Contrastive Learning" (arXiv:2004.11362), form "out".
+
+    With one view an item has positives only where another item of the batch has its class.
+    """
+
+    def __init__(self, config: SupConConfig, parts: ModelParts) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = parts.encoder
+        features = parts.encoder.out_features
+        self.head = ProjectionHead(features, config.hidden_dim or features, config.projection_dim)
+
+    def training_loss(self, batch: ViewBatch) -> LossOutput:
+        """SupCon over the items of every process and all their views."""
+        config = self.config
+        h, own = embed_views(self.encoder, self.head, batch)
+        z, label = gather((own, class_labels(batch.labels, config.label, config.bins)))
+        loss = sup_con(z, label, temperature=config.temperature, epsilon=config.epsilon)
+        return LossOutput(loss, embedding=z[:, 0].detach(), features={"h": h, "z": own[:, 0]})

@@ -1,0 +1,61 @@
+"""y-aware InfoNCE: items attract by how alike their weak labels are."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import PositiveFloat, PositiveInt
+
+from medssl.core.distributed import gather
+from medssl.core.schema import StrictModel
+from medssl.core.types import LossOutput, Method, ModelParts, Needs, ViewBatch
+from medssl.data.weak_labels import LabelUse
+from medssl.losses import y_aware
+from medssl.methods.entry import embed_views
+from medssl.methods.kernels import AGE_5, KernelConfig
+from medssl.models.heads import ProjectionHead
+
+
+class YAwareConfig(StrictModel):
+    """Settings of y-aware InfoNCE."""
+
+    name: Literal["y_aware"] = "y_aware"
+    kernel: KernelConfig = AGE_5
+    """How alike two people are; default: age, rbf with sigma 5 years (Dufumier et al. 2021)."""
+    temperature: PositiveFloat = 0.1
+    """Dufumier et al. 2021: 0.1."""
+    hidden_dim: PositiveInt | None = None
+    """Width between the two layers of the head; null: as many as the encoder gives (Dufumier et al. 2021: half)."""
+    projection_dim: PositiveInt = 128
+    """Length of the compared vectors (Dufumier et al. 2021)."""
+
+    def needs(self) -> Needs:
+        """One view or more of anything, and the kernel's columns."""
+        return Needs(views=1, min_batch=2, labels=self.kernel.columns, features=("h", "z"))
+
+    def label_uses(self) -> tuple[LabelUse, ...]:
+        """What the kernel's columns must be."""
+        return self.kernel.uses("method.kernel")
+
+
+class YAware(Method):
+    """Dufumier et al. 2021, "Contrastive Learning with Continuous Proxy Meta-Data for 3D MRI Classification"
+    (arXiv:2106.08808).
+
+    With one view an item attracts other people only; with several also its own other views.
+    """
+
+    def __init__(self, config: YAwareConfig, parts: ModelParts) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = parts.encoder
+        features = parts.encoder.out_features
+        self.head = ProjectionHead(features, config.hidden_dim or features, config.projection_dim)
+
+    def training_loss(self, batch: ViewBatch) -> LossOutput:
+        """y-aware InfoNCE over the items of every process and all their views."""
+        kernel = self.config.kernel
+        h, own = embed_views(self.encoder, self.head, batch)
+        z, labels = gather((own, kernel.columns_of(batch.labels)))
+        loss = y_aware(z, kernel.weights(labels), temperature=self.config.temperature)
+        return LossOutput(loss, embedding=z[:, 0].detach(), features={"h": h, "z": own[:, 0]})
