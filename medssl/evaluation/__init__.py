@@ -1,18 +1,38 @@
 """Metrics and statistics: arrays and tables in, dataclasses out."""
 
+from medssl.evaluation.age_site import (
+    AgeSiteSummary,
+    People,
+    compare_age_site,
+    openbhb_score,
+    predict_age_site,
+    summarise_age_site,
+)
+from medssl.evaluation.combat import ComBat
+from medssl.evaluation.probes import age_probe, person_folds, site_probe
 from medssl.evaluation.segmentation import ClassSummary, Summary, case_metrics, dice, hd95_mm, summarise
 from medssl.evaluation.statistics import PairedDifference, compare_arms, holm, over_draws, paired_bootstrap
 
 __all__ = [
+    "AgeSiteSummary",
     "ClassSummary",
+    "ComBat",
     "PairedDifference",
+    "People",
     "Summary",
+    "age_probe",
     "case_metrics",
+    "compare_age_site",
     "compare_arms",
     "dice",
     "hd95_mm",
     "holm",
+    "openbhb_score",
     "over_draws",
     "paired_bootstrap",
+    "person_folds",
+    "predict_age_site",
+    "site_probe",
     "summarise",
+    "summarise_age_site",
 ]

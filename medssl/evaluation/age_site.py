@@ -413,9 +413,10 @@ class _Evidence:
             )
 
 
-def _sum_at(shape: tuple[int, ...], place: tuple[npt.NDArray[Any], ...], values: Floats) -> Floats:
+def _sum_at(shape: tuple[int, ...], place: tuple[npt.NDArray[Any], ...], values: npt.NDArray[Any]) -> Floats:
     flat = np.ravel_multi_index(place, shape)
-    sums: Floats = np.bincount(flat, weights=values, minlength=math.prod(shape)).reshape(shape)
+    counts = np.bincount(flat, weights=values, minlength=math.prod(shape))
+    sums: Floats = counts.astype(np.float64, copy=False).reshape(shape)
     return sums
 
 
