@@ -16,25 +16,18 @@ from medssl.core.files import write_json
 from medssl.core.types import ModelParts
 from medssl.data.items import ItemReader, build_items, item_shape
 from medssl.data.manifest import Manifest
-from medssl.data.splits import LabelDraw, Leak, label_draws, refuse_leak
+from medssl.data.splits import LabelDraw, label_draws, refuse_leak
 from medssl.methods import TASKS
 from medssl.models import build_decoder, build_encoder, load_weights, read_model
 from medssl.reporting import build_report
 from medssl.reporting.tables import write_csv
 from medssl.runs.folder import open_run, record_run, run_folder, tracked
 from medssl.runs.grid import Cell, Result, check_keys, fingerprint, run_grid
+from medssl.runs.leaks import LeakCheck, check_weights
 from medssl.runs.predict import save_network
 from medssl.runs.scoring import mean_dice, save_overlays, score_volumes
 from medssl.runs.summary import UPPER_BOUND, Finetuned, summarise_grid
-from medssl.runs.volumes import (
-    FINGERPRINT_DIGITS,
-    Cohort,
-    in_splits,
-    open_cohort,
-    pretraining_manifests,
-    voxel_hashes,
-    with_absolute_paths,
-)
+from medssl.runs.volumes import Cohort, in_splits, open_cohort, voxel_hashes
 from medssl.samplers import FewLabelSampler
 from medssl.training import BatchSource, train
 from medssl.training.device import resolve_accelerator, resolve_precision
@@ -216,19 +209,6 @@ def _open(config: FinetuneConfig) -> Cohort:
     return cohort
 
 
-@dataclass(frozen=True)
-class LeakCheck:
-    """What the guard against leaks let pass or could not see.
-
-    Attributes:
-        n_groups: Evaluated groups that were pretrained on (allowed by ``transductive`` only).
-        notes: One line each; also what could not be checked.
-    """
-
-    n_groups: int
-    notes: tuple[str, ...]
-
-
 def check_leaks(config: FinetuneConfig, cohort: Cohort) -> LeakCheck:
     """Refuse a person or image that is trained on and tested on; pretraining counts as training.
 
@@ -238,47 +218,9 @@ def check_leaks(config: FinetuneConfig, cohort: Cohort) -> LeakCheck:
     evaluated = in_splits(cohort.chosen, (config.evaluate_on,))
     trained = in_splits(cohort.chosen, config.data.splits)
     refuse_leak({"training": trained, config.evaluate_on: evaluated}, voxels=voxel_hashes(cohort))
-    notes: list[str] = []
-    groups: set[str] = set()
-    for arm in config.grid.arms:
-        if arm.weights is None:
-            continue
-        pretrained = pretraining_manifests(arm.weights)
-        notes += shared_images(arm, cohort, evaluated, transductive=config.data.transductive)
-        if not pretrained:
-            notes.append(f"`{arm.name}`: no manifest beside the weights; only identical images could be looked for")
-        found: dict[str, Leak] = {}
-        for number, one in enumerate(pretrained):
-            role = f"the pretraining of `{arm.name}`" + (f", {number} before its last" if number else "")
-            sets = {role: one, config.evaluate_on: with_absolute_paths(evaluated)}
-            for leak in refuse_leak(sets, transductive=config.data.transductive):
-                found.setdefault(f"{leak.kind} {leak.what}", leak)
-        groups |= {leak.what for leak in found.values() if leak.kind == "group"}
-        notes += [str(leak) for leak in found.values()]
-    return LeakCheck(len(groups), tuple(notes))
-
-
-def shared_images(arm: ArmConfig, cohort: Cohort, evaluated: Manifest, *, transductive: bool) -> list[str]:
-    """Evaluated images whose voxels the weights say they were pretrained on.
-
-    Raises:
-        DataError: There are some, and the configuration does not say ``transductive``.
-    """
-    assert arm.weights is not None
-    seen = set(read_model(arm.weights)["info"].get("pretrained_on", ()))
-    shared = [
-        cohort.store.case(int(volume))
-        for volume in evaluated.table["volume"]
-        if cohort.store.voxels(int(volume))[:FINGERPRINT_DIGITS] in seen
-    ]
-    if shared and not transductive:
-        raise DataError(
-            f"the weights of `{arm.name}` were pretrained on images that are evaluated",
-            where=str(arm.weights),
-            found=", ".join(shared[:20]) + (f" and {len(shared) - 20} more" if len(shared) > 20 else ""),
-            fix="pretrain without them, or set data.transductive: true if that is what you study",
-        )
-    return [f"image of {case} was in the pretraining of `{arm.name}`" for case in shared]
+    weights = {arm.name: arm.weights for arm in config.grid.arms if arm.weights is not None}
+    transductive = config.data.transductive
+    return check_weights(weights, cohort, evaluated, role=config.evaluate_on, transductive=transductive)
 
 
 def plan_draws(config: FinetuneConfig, cohort: Cohort) -> dict[tuple[int, int], LabelDraw]:
