@@ -278,6 +278,42 @@ def finetune(
 
 
 @app.command()
+def embed(
+    weights: Annotated[Path, typer.Argument(help="Run folder, or its weights folder.")],
+    manifest: Annotated[Path, typer.Argument(help="manifest.csv: who is embedded.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A .parquet, .csv or .npy file.")],
+    layer: Annotated[
+        str | None, typer.Option(help="z (projection), h (encoder), block0, block1, ...; default: z if there is one.")
+    ] = None,
+    splits: Annotated[list[str] | None, typer.Option("--split", help="Only rows of this split; repeatable.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="The run's configuration, for weights outside a run folder.")
+    ] = None,
+    mapping: Map = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows or slices in one pass.")] = 64,
+    accelerator: Accelerator = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Embed volumes or feature rows with pretrained weights, prepared as for the pretraining."""
+    from medssl.runs.embed import embed as run
+
+    result = run(
+        weights,
+        manifest,
+        out,
+        layer=layer,
+        splits=tuple(splits) if splits else None,
+        config=config,
+        mapping=_mapping(mapping),
+        batch_size=batch_size,
+        accelerator=accelerator or "auto",
+        force=force,
+    )
+    _show(result, as_json)
+
+
+@app.command()
 def predict(
     weights: Annotated[Path, typer.Argument(help="Cell of a fine-tuning run (runs/NAME/cells/CELL).")],
     inputs: Annotated[Path, typer.Argument(help="A manifest.csv, one volume, or a folder of volumes.")],

@@ -28,6 +28,7 @@ TEXT_SUFFIXES: Final = {".csv": ",", ".tsv": "\t"}
 SUFFIXES: Final = (*TEXT_SUFFIXES, ".parquet", ".npy")
 IDS_SUFFIX: Final = ".ids.csv"
 """Beside ``x.npy``, ``x.ids.csv`` says whose its rows are."""
+ABOUT_SUFFIX: Final = ".json"
 SUBJECT_NAMES: Final = ("subject", "participant_id", "subject_id", "participant", "sub_id", "id")
 # What is known of a person or a scan is never a feature, whatever type its column has: a network that sees the site or
 # the age has nothing left to learn. In lower case.
@@ -275,7 +276,7 @@ def write_features(table: FeatureTable, path: Path, *, about: Mapping[str, Any] 
         table: The rows.
         path: .csv or .parquet: keys, then features. .npy: the values; names of the features are lost, and the keys
             (where there are any) go to ``<stem>.ids.csv`` beside it.
-        about: Written as ``<stem>.json`` beside it.
+        about: Written as ``<name>.json`` beside it (``x.csv.json``).
 
     Raises:
         DataError: Another ending.
@@ -307,7 +308,7 @@ def write_features(table: FeatureTable, path: Path, *, about: Mapping[str, Any] 
         ids = table.keys.to_csv(index=False, lineterminator="\n")
         atomic_write(path.with_name(path.stem + IDS_SUFFIX), ids)
     if about is not None:
-        write_json(path.with_suffix(".json"), dict(about))
+        write_json(path.with_name(path.name + ABOUT_SUFFIX), dict(about))
     return path
 
 

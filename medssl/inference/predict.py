@@ -154,9 +154,11 @@ def embed_volumes(
     volumes: Sequence[int] | None = None,
     *,
     spatial_dims: int,
+    depth: int | None = None,
     batch_size: int = 8,
     device: torch.device | str = "cpu",
     multiple: int | Sequence[int] = 1,
+    progress: Callable[[int, int], None] | None = None,
 ) -> npt.NDArray[np.float32]:
     """One embedding per volume.
 
@@ -164,10 +166,13 @@ def embed_volumes(
         encoder: (N, C, *spatial) to (N, F).
         store: Prepared volumes.
         volumes: Which, in this order; all when None.
-        spatial_dims: 3: the encoder sees whole volumes. 2: the mean of the embeddings of all slices.
-        batch_size: Slices per pass (volumes may differ in size and go one by one).
+        spatial_dims: 3: the encoder sees whole volumes, or slabs. 2: the mean of the embeddings of all slices.
+        depth: Slices of a slab, for an encoder of slabs: the mean of the embeddings of slabs that cover the volume
+            (the last one ends with it; a thinner volume has its end slices repeated).
+        batch_size: Slices or slabs per pass (volumes may differ in size and go one by one).
         device: Where the encoder is.
         multiple: As for ``predict_volume``.
+        progress: Called with the number of volumes done and the number of all.
 
     Returns:
         (len(volumes), F) float32.
@@ -176,10 +181,15 @@ def embed_volumes(
         InputError: An embedding that is not finite, naming the volume.
     """
     rows = []
+    chosen = list(store.volumes if volumes is None else volumes)
     with evaluating(encoder), _explain_memory(None):
-        for volume in store.volumes if volumes is None else volumes:
-            image = torch.from_numpy(np.array(store.image(volume)))
-            items = image[None] if spatial_dims == 3 else image.movedim(store.slice_axis + 1, 0)
+        for volume in chosen:
+            if depth is not None:
+                slabs = [store.image_slab(volume, at, depth) for at in slab_centres(store.n_slices(volume), depth)]
+                items = torch.from_numpy(np.stack(slabs))
+            else:
+                image = torch.from_numpy(np.array(store.image(volume)))
+                items = image[None] if spatial_dims == 3 else image.movedim(store.slice_axis + 1, 0)
             parts = [
                 encoder(pad_to_multiple(items[start : start + batch_size].to(device), multiple)[0]).float().cpu()
                 for start in range(0, len(items), batch_size)
@@ -188,4 +198,13 @@ def embed_volumes(
             if not np.isfinite(row).all():
                 raise InputError("an embedding is not finite", where=store.case(volume), fix="check the weights")
             rows.append(row)
+            if progress is not None:
+                progress(len(rows), len(chosen))
     return np.stack(rows) if rows else np.zeros((0, 0), np.float32)
+
+
+def slab_centres(n_slices: int, depth: int) -> list[int]:
+    """Centres, as ``VolumeStore.image_slab`` takes them, of the fewest slabs that cover a volume without leaving it."""
+    last = max(0, n_slices - depth)
+    starts = [*range(0, last, depth), last]
+    return [min(start + depth // 2, n_slices - 1) for start in starts]
