@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#E69F00", "#56B4E9", "#882255")
 MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X")
 BASELINE_COLOUR: Final = "#555555"
+INK: Final = "#222222"  # lines and words beside the data
 WIDTH: Final = 5.6  # inches; narrow, so that the text stays readable on a phone
 
 _STYLE: Final[dict[str, Any]] = {

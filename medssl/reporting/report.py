@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from medssl.reporting import curves, scores
+from medssl.reporting.age_site import age_site_report
 from medssl.reporting.describe import cell_table, gap_table, paired_table, pairs_table, score_table
 from medssl.reporting.drawing import Picture
 from medssl.reporting.page import Section, data_section, notes, some, write_page
@@ -147,5 +148,5 @@ def _views(run: RunFiles) -> Picture | None:
 
 
 _REPORTS: Final[Mapping[str, Callable[[Path], Path]]] = MappingProxyType(
-    {"segmentation": segmentation_report, "pretrain": pretrain_report}
+    {"segmentation": segmentation_report, "pretrain": pretrain_report, "age_site": age_site_report}
 )

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from medssl.reporting.drawing import Picture, arm_looks, end_labels, new_figure, png_bytes, style, svg_bytes
+from medssl.reporting.drawing import INK, Picture, arm_looks, end_labels, new_figure, png_bytes, style, svg_bytes
 from medssl.reporting.source import UPPER_BOUND, Overlay
 from medssl.reporting.text import clean, excludes_zero, finite, joined, number, signed
 
@@ -81,7 +81,7 @@ def dice_by_labels(summary: Mapping[str, Any], per_case: pd.DataFrame | None) ->
                     ha="center",
                 )
         if upper is not None:
-            axes.axhline(upper, color="#222222", lw=1, ls=(0, (5, 3)))
+            axes.axhline(upper, color=INK, lw=1, ls=(0, (5, 3)))
             text = f"all {clean(bound.get('n_labelled'))} labels: {number(upper)}"
             axes.annotate(
                 text,
@@ -89,7 +89,7 @@ def dice_by_labels(summary: Mapping[str, Any], per_case: pd.DataFrame | None) ->
                 xycoords=("axes fraction", "data"),
                 xytext=(4, 4),
                 textcoords="offset points",
-                color="#222222",
+                color=INK,
             )
         _label_axis(axes, counts, summary)
         axes.set_ylim(low, high)
@@ -223,10 +223,10 @@ def paired_differences(summary: Mapping[str, Any]) -> Picture | None:
                 (1.02, y),
                 xycoords=("axes fraction", "data"),
                 va="center",
-                color="#222222",
+                color=INK,
                 annotation_clip=False,
             )
-        axes.axvline(0, color="#222222", lw=1)
+        axes.axvline(0, color=INK, lw=1)
         names = [_comparison(row, len(baselines) == 1) for row in rows]
         axes.set_yticks(range(len(rows)), names)
         axes.set_ylim(len(rows) - 0.4, -0.6)

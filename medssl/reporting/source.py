@@ -147,7 +147,7 @@ def _read_segmentation_parts(run: RunFiles) -> None:
 
 def _read_age_site_parts(run: RunFiles) -> None:
     run.summary = run.attempt("eval/age_site.json", _read_age_site, "scores and comparisons cannot be shown", {})
-    consequence = "predicted ages, errors by decade and confusion of sites cannot be shown"
+    consequence = "predicted ages and errors by decade cannot be shown"
     run.people = run.attempt("eval/per_person.csv", _read_people, consequence, None)
     run.maps = run.attempt("eval/embedding_maps.csv", _read_maps, "embedding maps cannot be shown", None)
     run.cells = run.attempt("eval/cells.csv", _read_table, None, None)
@@ -214,7 +214,7 @@ def _read_per_case(path: Path) -> pd.DataFrame:
 
 
 def _read_people(path: Path) -> pd.DataFrame:
-    return _read_labelled(path, ("arm", "layer", "set", "subject", "site"), ("age", "age_pred"), ("site_pred",))
+    return _read_labelled(path, ("arm", "layer", "set", "subject", "site"), ("age", "age_pred"))
 
 
 def _read_maps(path: Path) -> pd.DataFrame:
