@@ -348,7 +348,8 @@ def _name(architecture: dict[str, Any] | None) -> str:
 
 def _warn_strides(module: nn.Module, architecture: dict[str, Any] | None, file: Path) -> None:
     """Strides leave the shapes of an encoder's weights alone, so nothing else would notice that they differ."""
-    stated = (architecture or {}).get("config", {}).get("strides")
-    own = getattr(module, "architecture", {}).get("config", {}).get("strides")
-    if stated is not None and own is not None and stated != own:
-        log.warning("weights %s were trained with strides %s, the model has %s", file.name, stated, own)
+    for key in ("strides", "stem_stride"):
+        stated = (architecture or {}).get("config", {}).get(key)
+        own = getattr(module, "architecture", {}).get("config", {}).get(key)
+        if stated is not None and own is not None and stated != own:
+            log.warning("weights %s were trained with %s %s, the model has %s", file.name, key, stated, own)

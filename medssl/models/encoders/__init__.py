@@ -10,7 +10,16 @@ from typing import Any, Final
 from torch import nn
 
 from medssl.core.schema import StrictModel
+from medssl.models.encoders.alexnet import AlexNetIn2dConfig, AlexNetIn3dConfig, build_alexnet
+from medssl.models.encoders.densenet import DenseNet121In2dConfig, DenseNet121In3dConfig, build_densenet
 from medssl.models.encoders.mlp import MLPConfig, MLPEncoder, build_mlp
+from medssl.models.encoders.resnet import (
+    ResNet18In2dConfig,
+    ResNet18In3dConfig,
+    ResNet50In2dConfig,
+    ResNet50In3dConfig,
+    build_resnet,
+)
 from medssl.models.encoders.unet import UNet2dConfig, UNet3dConfig, UNetEncoder, auto_strides, build_unet
 
 
@@ -31,6 +40,10 @@ class EncoderEntry:
     source: str
 
 
+_RESNET: Final = "He et al. 2016 (arXiv:1512.03385)"
+_DENSENET: Final = "Huang et al. 2017 (arXiv:1608.06993)"
+_ALEXNET: Final = "Abrol et al. 2021 (doi:10.1038/s41467-020-20655-6)"
+
 ENCODERS: Final[Mapping[str, EncoderEntry]] = MappingProxyType(
     {
         "unet2d": EncoderEntry(
@@ -44,6 +57,20 @@ ENCODERS: Final[Mapping[str, EncoderEntry]] = MappingProxyType(
             build_unet,
             "3D U-Net encoder with strides per axis, for volumes and slabs",
             "Cicek et al. 2016 (arXiv:1606.06650)",
+        ),
+        "resnet18_2d": EncoderEntry(ResNet18In2dConfig, build_resnet, "ResNet-18 for slices", _RESNET),
+        "resnet18_3d": EncoderEntry(
+            ResNet18In3dConfig, build_resnet, "ResNet-18 for volumes, its first convolution with stride 2", _RESNET
+        ),
+        "resnet50_2d": EncoderEntry(ResNet50In2dConfig, build_resnet, "ResNet-50 for slices", _RESNET),
+        "resnet50_3d": EncoderEntry(
+            ResNet50In3dConfig, build_resnet, "ResNet-50 for volumes, its first convolution with stride 2", _RESNET
+        ),
+        "densenet121_2d": EncoderEntry(DenseNet121In2dConfig, build_densenet, "DenseNet-121 for slices", _DENSENET),
+        "densenet121_3d": EncoderEntry(DenseNet121In3dConfig, build_densenet, "DenseNet-121 for volumes", _DENSENET),
+        "alexnet_2d": EncoderEntry(AlexNetIn2dConfig, build_alexnet, "2D form of alexnet_3d", _ALEXNET),
+        "alexnet_3d": EncoderEntry(
+            AlexNetIn3dConfig, build_alexnet, "AlexNet for brain volumes, of at least 69 voxels on each axis", _ALEXNET
         ),
         "mlp": EncoderEntry(
             MLPConfig,
@@ -62,14 +89,25 @@ def build_encoder(config: Any, image_shape: Sequence[int], *, seed: int = 0) -> 
 
 __all__ = [
     "ENCODERS",
+    "AlexNetIn2dConfig",
+    "AlexNetIn3dConfig",
+    "DenseNet121In2dConfig",
+    "DenseNet121In3dConfig",
     "EncoderEntry",
     "MLPConfig",
     "MLPEncoder",
+    "ResNet18In2dConfig",
+    "ResNet18In3dConfig",
+    "ResNet50In2dConfig",
+    "ResNet50In3dConfig",
     "UNet2dConfig",
     "UNet3dConfig",
     "UNetEncoder",
     "auto_strides",
+    "build_alexnet",
+    "build_densenet",
     "build_encoder",
     "build_mlp",
+    "build_resnet",
     "build_unet",
 ]
