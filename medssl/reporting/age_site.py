@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from medssl.reporting.age_site_figures import all_results, trade_off
 from medssl.reporting.age_site_maps import embedding_maps, site_confusion
@@ -15,6 +15,8 @@ from medssl.reporting.page import Section, data_section, notes, some, write_page
 from medssl.reporting.source import RunFiles, read_run
 from medssl.reporting.text import duration, finite
 
+LONG: Final = 20  # rows; a longer table of single sites is folded
+
 
 def age_site_report(run_dir: Path) -> Path:
     """Build the report of a comparison or of one evaluation of embeddings; see ``build_report``."""
@@ -22,6 +24,7 @@ def age_site_report(run_dir: Path) -> Path:
     summary, people = run.summary, run.people
     no_people = "eval/per_person.csv holds nothing to draw."
     ages = some(predicted_ages(summary, people), error_by_decade(summary, people))
+    left_out = left_out_table(summary)
     sections = [
         Section(
             "results", "Results", "No scores are available.",
@@ -32,7 +35,10 @@ def age_site_report(run_dir: Path) -> Path:
         Section("ages", "Predicted ages", no_people, ages),
         Section("maps", "Maps of the embedding", "No maps were kept.", embedding_maps(summary, run.maps)),
         Section("confusion", "Confusion of sites", "No confusion was recorded.", some(site_confusion(summary))),
-        Section("left-out", "Sites left out", "No leave-site-out evaluation.", (), some(left_out_table(summary))),
+        Section(
+            "left-out", "Sites left out", "No leave-site-out evaluation.",
+            tables=some(left_out), folded=left_out is not None and len(left_out.rows) > LONG,
+        ),
         data_section(run),
         Section("evaluation", "Evaluation", "Nothing was recorded.", (), some(_evaluation(run)), notes(summary)),
     ]  # fmt: skip

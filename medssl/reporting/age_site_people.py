@@ -46,10 +46,10 @@ def predicted_ages(summary: Mapping[str, Any], people: pd.DataFrame | None) -> P
         for axes in panels[-1]:
             axes.set_xlabel("true age (years)")
         content = svg_bytes(figure)
+    several = "Drawn are the baseline, the lowest age error and the best balance of age error and site accuracy."
     caption = (
         "One dot is one person, predicted by the models of the first seed only (so the error may differ from the "
-        "table's mean over seeds). On the line the prediction is exact. Drawn are the baseline, the result with the "
-        "lowest age error and the one with the best balance of age error and site accuracy, where they differ."
+        f"table's mean over seeds). On the line the prediction is exact. {several if len(drawn) > 1 else ''}"
     )
     return Picture("predicted-age", content, "svg", "; ".join(texts), caption, "Predicted against true age")
 

@@ -120,7 +120,7 @@ def _predict(rng, table, seed, error, found, sites):
 def _paired(table, baseline, metrics):
     if len(set(table["arm"])) == 1:
         return []
-    parts = [compare_age_site(table, baseline, metric, n_bootstrap=100) for metric in metrics]
+    parts = [compare_age_site(table, baseline, metric, n_bootstrap=1000) for metric in metrics]
     rows = pd.concat(parts).to_dict("records")
     return [row | {"ci": [row.pop("low"), row.pop("high")]} for row in rows]
 
