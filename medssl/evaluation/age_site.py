@@ -18,7 +18,18 @@ import pandas as pd
 
 from medssl.core import seeding
 from medssl.core.errors import InputError
-from medssl.evaluation.probes import Floats, Ints, Solver, Texts, age_probe, features, names, numbers, site_probe
+from medssl.evaluation.probes import (
+    Floats,
+    Ints,
+    SiteProbe,
+    Solver,
+    Texts,
+    age_probe,
+    features,
+    names,
+    numbers,
+    site_probe,
+)
 from medssl.evaluation.statistics import holm
 
 SCORE_EXPONENT: Final = 0.3
@@ -80,7 +91,13 @@ def openbhb_score(mae_external: float, site_balanced_accuracy: float) -> float:
 
 
 def predict_age_site(
-    train: People, internal: People | None, external: People | None, *, seed: int = 0, solver: Solver = "saga"
+    train: People,
+    internal: People | None,
+    external: People | None,
+    *,
+    seed: int = 0,
+    solver: Solver = "saga",
+    age_only: SiteProbe | None = None,
 ) -> pd.DataFrame:
     """Fit both probes on ``train`` and predict the people of seen sites (internal) and of other sites (external).
 
@@ -90,6 +107,8 @@ def predict_age_site(
         external: People of sites that ``train`` does not hold, or None. Only their age is predicted.
         seed: Of the folds and of the solver.
         solver: As `site_probe`.
+        age_only: The site probe on true age alone, where it was fitted on these ``train`` people before (it is the
+            same for every embedding of them); None: fitted here.
 
     Returns:
         One row a person and scan: ``subject``, ``set`` (internal or external), ``site``, ``age``, ``age_pred``,
@@ -113,7 +132,7 @@ def predict_age_site(
             table[column] = pd.Series([None] * len(table), dtype=object)
         if name == "internal":
             site = site_probe(train.X, train.site, train.subject, seed=seed, solver=solver)
-            floor = site_probe(train.age[:, None], train.site, train.subject, seed=seed, solver=solver)
+            floor = age_only or site_probe(train.age[:, None], train.site, train.subject, seed=seed, solver=solver)
             table["site_pred"] = site.predict(people.X).astype(object)
             table["site_pred_age_only"] = floor.predict(people.age[:, None]).astype(object)
         parts.append(table)
@@ -210,15 +229,15 @@ def summarise_age_site(
     """
     _check(table, n_bootstrap, n_permutations)
     evidence = _Evidence(table)
-    point = evidence.metrics({name: np.ones((1, len(one.people))) for name, one in evidence.sets.items()})
-    resampled = evidence.metrics(evidence.resamples(n_bootstrap, seed))
+    everyone, resamples = evidence.everyone(), evidence.resamples(n_bootstrap, seed)
     permutation = evidence.permuted(n_permutations, seed)
     values: dict[str, Any] = {}
     for name in METRICS:
-        values[name], values[f"{name}_sd"] = _mean(point[name]), _sd(point[name])
-        values[f"{name}_ci"] = _interval(resampled[name])
-    for name in ("r_internal", "r2_internal", "r_external", "r2_external"):
-        values[name] = _mean(point[name])
+        point = evidence.metric(name, everyone)
+        values[name], values[f"{name}_sd"] = _mean(point), _sd(point)
+        values[f"{name}_ci"] = _interval(evidence.metric(name, resamples))
+    for name in ("r_internal", "r2_internal", "r_external", "r2_external", "bacc_age_only"):
+        values[name] = _mean(evidence.metric(name, everyone))
     internal = evidence.sets.get("internal")
     n_sites = 0 if internal is None else len(internal.sites)
     bacc = values["bacc"]
@@ -226,7 +245,6 @@ def summarise_age_site(
         **values,
         bacc_chance=1 / n_sites if n_sites else None,
         bacc_permutation=permutation,
-        bacc_age_only=_mean(point["bacc_age_only"]),
         below_chance=bacc is not None and permutation is not None and bacc < permutation[0],
         n_people=int(table["subject"].nunique()),
         n_seeds=evidence.n_seeds,
@@ -270,15 +288,14 @@ def compare_age_site(
             continue
         base = _Evidence(part[part["arm"] == baseline])
         weights = base.resamples(n_bootstrap, seed)
-        ones = {name: np.ones((1, len(one.people))) for name, one in base.sets.items()}
-        level, spread = base.metrics(ones)[metric], base.metrics(weights)[metric]
+        level, spread = base.metric(metric, base.everyone()), base.metric(metric, weights)
         for arm in (one for one in arms if one != baseline):
             other = _Evidence(part[part["arm"] == arm])
             other.check_paired(base, arm, baseline)
-            difference = _mean(other.metrics(ones)[metric] - level)
+            difference = _mean(other.metric(metric, other.everyone()) - level)
             if difference is None:
                 raise InputError(f"the table does not hold `{metric}`", where=f"arm {arm}, layer {layer}")
-            means = np.nanmean(other.metrics(weights)[metric] - spread, axis=1)
+            means = np.nanmean(other.metric(metric, weights) - spread, axis=1)
             low, high = np.quantile(means, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
             beyond = min(int((means <= 0).sum()), int((means >= 0).sum()))
             rows.append(
@@ -341,16 +358,27 @@ class _Set:
             np.stack([weights @ one for one in right], axis=1), np.stack([weights @ one for one in self.n_site], axis=1)
         )
 
-    def age_metrics(self, weights: Floats) -> dict[str, Floats]:
-        """MAE, r and R2, each (B, S), of weights (B, P); NaN where undefined."""
-        sums = np.stack([weights @ one for one in self.age], axis=1)
-        n, absolute, squared, y, yy, p, pp, yp = np.moveaxis(sums, -1, 0)
-        vy, vp, cov = n * yy - y**2, n * pp - p**2, n * yp - y * p
+    def mae(self, weights: Floats) -> Floats:
+        """(B, S) mean absolute error of weights (B, P)."""
+        n, absolute = np.moveaxis(self._sums(weights, 2), -1, 0)
+        error: Floats = absolute / n
+        return error
+
+    def r(self, weights: Floats) -> Floats:
+        """(B, S) Pearson correlation of weights (B, P); NaN where age or prediction does not vary."""
+        n, _, _, y, yy, p, pp, yp = np.moveaxis(self._sums(weights, 8), -1, 0)
+        varies = _varies(n, y, yy) & _varies(n, p, pp)
         with np.errstate(divide="ignore", invalid="ignore"):
-            # Rounding leaves a constant with a variance of about 1e-16 of its square.
-            varies = vy > 1e-12 * n * yy
-            r = np.where(varies & (vp > 1e-12 * n * pp), cov / np.sqrt(vy * vp), np.nan)
-            return {"mae": absolute / n, "r": r, "r2": np.where(varies, 1 - squared * n / vy, np.nan)}
+            return np.where(varies, (n * yp - y * p) / np.sqrt((n * yy - y**2) * (n * pp - p**2)), np.nan)
+
+    def r2(self, weights: Floats) -> Floats:
+        """(B, S) share of the variance of age that predictions explain; NaN where age does not vary."""
+        n, _, squared, y, yy = np.moveaxis(self._sums(weights, 5), -1, 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(_varies(n, y, yy), 1 - squared * n / (n * yy - y**2), np.nan)
+
+    def _sums(self, weights: Floats, n_columns: int) -> Floats:
+        return np.stack([weights @ one[:, :n_columns] for one in self.age], axis=1)
 
 
 class _Evidence:
@@ -361,20 +389,24 @@ class _Evidence:
         self.n_seeds, self.seeds = len(seeds), seeds
         self.sets = {str(name): _Set(part, seeds) for name, part in table.groupby("set")}
 
-    def metrics(self, weights: Mapping[str, Floats]) -> dict[str, Floats]:
-        """Every metric (B, S) of weights (B, P) of each set; NaN for a set that is not there."""
-        n_weights = len(next(iter(weights.values())))
-        nothing = np.full((n_weights, self.n_seeds), np.nan)
-        found: dict[str, Floats] = {"bacc": nothing, "bacc_age_only": nothing}
-        for name in ("internal", "external"):
-            own = self.sets[name].age_metrics(weights[name]) if name in self.sets else {}
-            found |= {f"{key}_{name}": own.get(key, nothing) for key in ("mae", "r", "r2")}
-        if "internal" in self.sets:
-            one = self.sets["internal"]
-            found["bacc"] = one.accuracy(weights["internal"], one.right)
-            found["bacc_age_only"] = one.accuracy(weights["internal"], one.right_age_only)
-        found["score"] = found["mae_external"] * found["bacc"] ** SCORE_EXPONENT
-        return found
+    def metric(self, name: str, weights: Mapping[str, Floats]) -> Floats:
+        """(B, S) of weights (B, P) of each set; NaN for a set that is not there."""
+        if name == "score":
+            score: Floats = self.metric("mae_external", weights) * self.metric("bacc", weights) ** SCORE_EXPONENT
+            return score
+        kind, _, which = name.partition("_")
+        which = "internal" if kind == "bacc" else which
+        if which not in self.sets:
+            return np.full((len(next(iter(weights.values()))), self.n_seeds), np.nan)
+        one = self.sets[which]
+        if kind == "bacc":
+            return one.accuracy(weights[which], one.right if name == "bacc" else one.right_age_only)
+        measures = {"mae": one.mae, "r": one.r, "r2": one.r2}
+        return measures[kind](weights[which])
+
+    def everyone(self) -> dict[str, Floats]:
+        """Weights (1, P) that count each person once."""
+        return {name: np.ones((1, len(one.people))) for name, one in self.sets.items()}
 
     def resamples(self, n: int, seed: int) -> dict[str, Floats]:
         """How often each person of each set counts in each resample, (n, P)."""
@@ -418,6 +450,12 @@ def _sum_at(shape: tuple[int, ...], place: tuple[npt.NDArray[Any], ...], values:
     counts = np.bincount(flat, weights=values, minlength=math.prod(shape))
     sums: Floats = counts.astype(np.float64, copy=False).reshape(shape)
     return sums
+
+
+def _varies(n: Floats, total: Floats, squares: Floats) -> npt.NDArray[np.bool_]:
+    """Rounding leaves a constant with a variance of about 1e-16 of its square."""
+    varies: npt.NDArray[np.bool_] = n * squares - total**2 > 1e-12 * n * squares
+    return varies
 
 
 def _mean_recall(right: Floats, count: Floats) -> Floats:
