@@ -15,6 +15,7 @@ from medssl.methods.segmentation import Segmentation, SegmentationConfig
 from medssl.methods.simclr import SimCLR, SimCLRConfig
 from medssl.methods.sup_info_nce import SupInfoNCE, SupInfoNCEConfig
 from medssl.methods.supcon import SupCon, SupConConfig
+from medssl.methods.supervised import Supervised, SupervisedConfig
 from medssl.methods.y_aware import YAware, YAwareConfig
 
 METHODS: Final[Mapping[str, MethodEntry]] = MappingProxyType(
@@ -66,6 +67,12 @@ METHODS: Final[Mapping[str, MethodEntry]] = MappingProxyType(
             DecoupledUniformity,
             "centroids of views spread out, guided by weak labels or any embedding table",
             "Dufumier et al. 2023 (arXiv:2206.01646)",
+        ),
+        "supervised": MethodEntry(
+            SupervisedConfig,
+            Supervised,
+            "age or another label by L1, squared error or cross-entropy: the baseline",
+            "Barbano et al. 2023 (arXiv:2211.08326), Table 1",
         ),
     }
 )

@@ -4,29 +4,77 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
-from medssl.core.types import LossOutput, Method, ModelParts, Needs, ViewBatch
-from medssl.methods import METHODS, TASKS
+from medssl.core.types import ItemTable, LossOutput, Method, ModelParts, Needs, ViewBatch
+from medssl.methods import METHODS, TASKS, DebiasConfig, with_debias
 from medssl.models import build_decoder, build_encoder
-from medssl.models.encoders import UNet2dConfig, UNet3dConfig
+from medssl.models.encoders import MLPConfig, UNet2dConfig, UNet3dConfig
 
-SIZE = {2: (16, 16), 3: (8, 8, 8)}
+SIZE = {0: (16,), 2: (16, 16), 3: (8, 8, 8)}
+"""Of the features of a row, or of an image without its one channel."""
 N_VOLUMES, N_PARTITIONS = 4, 3
 N_CLASSES = 3
 
-# Settings worth covering beside the defaults; a method that is not named here is covered with its defaults.
+HEAD = {"hidden_dim": 16, "projection_dim": 8}
+BY_AGE = {"attributes": {"age": {"sigma": 5.0}}}
+
+# Settings worth covering beside the defaults; a method that is not named here is covered with its defaults. `views` and
+# `debias` are no settings of the method: how many views it gets, and a regulariser that it carries. What is defined for
+# rows of a table is covered there with its later settings, which costs next to nothing.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "simclr": [{}, {"debias": {"name": "end", "on": "z", "target": {"column": "diagnosis"}}}],
     "gcl": [{"strategy": "gd"}, {"strategy": "gd-"}, {"strategy": "gr", "pool": "avg"}],
     "lcl": [
         {"strategy": "lr"},
         {"strategy": "ld", "regions": "random", "n_negatives": 4},
         {"strategy": "ld", "regions": "outer", "region_features": None, "n_negatives": None},
         {"strategy": "lr", "freeze_encoder": False, "region_size": 1},
+    ],
+    "supcon": [
+        {"label": "age", "bins": 2.0, "views": 2, **HEAD},
+        {
+            "views": 2,
+            "debias": {"name": "fair_kl", "on": "h", "mode": "moments", "target": {"column": "diagnosis"}},
+            **HEAD,
+        },
+    ],
+    "sup_info_nce": [{"views": 2, **HEAD}, {"form": "in", "label": "age", "bins": [28.0, 40.0, 52.0], **HEAD}],
+    "y_aware": [
+        {"views": 2, **HEAD},
+        {
+            "views": 3,
+            "kernel": {"attributes": {"age": {"kind": "cauchy", "sigma": 0.1}, "sex": {"kind": "equal"}}},
+            "debias": {"name": "fair_kl", "on": "z", "weight": 0.1, "target": {"column": "age", "sigma": 5.0}},
+            **HEAD,
+        },
+    ],
+    "l_thr": [{"views": 2, **HEAD}, {"normalizer": "compared", "kernel": BY_AGE, **HEAD}],
+    "l_exp": [
+        {"views": 2, **HEAD},
+        {
+            "views": 2,
+            "similarity": "neg_sqdist",
+            "positive_in_denominator": True,
+            "debias": {"name": "end", "on": "h", "target": {"column": "age", "bin_width": 10.0}},
+            **HEAD,
+        },
+    ],
+    "decoupled_uniformity": [
+        {"views": 2, "prior": {"attributes": BY_AGE}, **HEAD},
+        {"views": 2, "prior": {"table": "prior.csv"}, **HEAD},
+        {"prior": {"table": "prior.csv", "kernel": "cosine"}, **HEAD},
+    ],
+    "supervised": [
+        {},
+        {"loss": "cross_entropy", "target": "diagnosis", "n_classes": 3, **HEAD},
+        {"loss": "mse", "debias": {"name": "fair_kl", "on": "z", "weight": 0.1}, **HEAD},
     ],
     "segmentation": [
         {"n_classes": N_CLASSES},
@@ -44,24 +92,42 @@ class Example:
     dims: int
     norm: str = "group"
     first: bool = True
+    views: int | None = None
+    debias: Any = None
 
     @property
     def needs(self) -> Needs:
-        return self.config.needs()
+        needs = self.config.needs()
+        added = () if self.debias is None else tuple(use.column for use in self.debias.label_uses())
+        return replace(needs, views=self.views or needs.views, labels=tuple({*needs.labels, *added}))
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        return (1, *SIZE[self.dims])
+        return SIZE[0] if self.dims == 0 else (1, *SIZE[self.dims])
+
+    @property
+    def costly(self) -> bool:
+        """Whether another example runs the same code of the method for less."""
+        everywhere = self.needs.spatial_dims
+        return self.dims != 0 if 0 in everywhere else self.dims == 3 and not self.first
 
     def __str__(self) -> str:
-        given = [str(v) for k, v in self.config.model_dump(exclude_unset=True).items() if k != "name" and v != {}]
-        return "-".join([self.config.name, *given, f"{self.dims}d", self.norm])
+        given = [str(v) for k, v in self.config.model_dump(exclude_unset=True).items() if k not in ("name", *HEAD)]
+        debias = [] if self.debias is None else [f"{self.debias.name} on {self.debias.on}"]
+        text = "-".join([self.config.name, *given, *debias, f"{self.dims}d", self.norm])
+        return text.replace("{}-", "")
+
+    def encoder(self) -> Any:
+        if self.dims == 0:
+            return MLPConfig(widths=(16, 8), norm="batch" if self.norm == "batch" else "layer")
+        return (UNet2dConfig if self.dims == 2 else UNet3dConfig)(widths=(4, 8, 8), norm=self.norm)
 
     def build(self, seed: int = 0) -> Method:
-        kind = UNet2dConfig if self.dims == 2 else UNet3dConfig
-        encoder = build_encoder(kind(widths=(4, 8, 8), norm=self.norm), self.image_shape, seed=seed)
+        encoder = build_encoder(self.encoder(), self.image_shape, seed=seed)
         decoder = build_decoder(encoder, seed=seed) if self.needs.decoder else None
         method = self.entry.build(self.config, ModelParts(encoder, decoder, self.image_shape), seed=seed)
+        method = with_debias(method, self.debias)
+        method.fit_labels(table())
         return method.train()
 
 
@@ -69,9 +135,21 @@ def examples(norm: str = "group") -> Iterator[Example]:
     for entries in (METHODS, TASKS):
         for name, entry in entries.items():
             for number, settings in enumerate(VARIANTS.get(name, [{}])):
-                config = entry.config(name=name, **settings)
-                for dims in sorted(config.needs().spatial_dims - {0}):
-                    yield Example(entry, config, dims, norm, first=number == 0)
+                own = {key: value for key, value in settings.items() if key not in ("views", "debias")}
+                config = entry.config(name=name, **own)
+                given = settings.get("debias")
+                debias = None if given is None else TypeAdapter(DebiasConfig).validate_python(given)
+                everywhere = config.needs().spatial_dims
+                for dims in sorted(everywhere if number == 0 or 0 not in everywhere else {0}):
+                    yield Example(entry, config, dims, norm, number == 0, settings.get("views"), debias)
+
+
+def table() -> ItemTable:
+    """Every item, with the labels that a run would know."""
+    row = torch.arange(N_VOLUMES * N_PARTITIONS)
+    volume, partition = np.divmod(row.numpy(), N_PARTITIONS)
+    labels = {name: values.numpy() for name, values in labels_of(row).items()}
+    return ItemTable(row.numpy(), volume, volume, partition, partition, N_PARTITIONS, labels)
 
 
 def make_batch(example: Example, step: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> ViewBatch:
@@ -90,7 +168,12 @@ def make_batch(example: Example, step: int, *, seed: int = 0, dtype: torch.dtype
 
 @functools.cache
 def patterns(dims: int) -> Tensor:
-    """One image per (volume, partition), (12, 1, *spatial): a partition's place of a blob, a volume's stripes."""
+    """One image per (volume, partition), (12, 1, *spatial): a partition's place of a blob, a volume's stripes.
+
+    Rows of a table (12, 16) are the two-dimensional ones averaged over blocks.
+    """
+    if dims == 0:
+        return torch.nn.functional.avg_pool2d(patterns(2), 4).flatten(1)
     axes = torch.meshgrid(*[torch.linspace(-1, 1, n) for n in SIZE[dims]], indexing="ij")
     images = []
     for volume in range(N_VOLUMES):
@@ -108,11 +191,25 @@ def _seen(clean: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def _labels(needs: Needs, row: Tensor, clean: Tensor) -> dict[str, Tensor]:
-    subject = row // N_PARTITIONS
-    label_map = (clean[:, 0] > 0.2).long() + (clean[:, 0] > 0.6)
-    label_map[:, 0] = -1  # a line without labels
-    known = {"label_map": label_map, "age": 20.0 + 7.0 * subject, "site": subject % 2}
-    return {name: known.get(name, subject % 2) for name in needs.labels}
+    known = labels_of(row)
+    if "label_map" in needs.labels:
+        known["label_map"] = (clean[:, 0] > 0.2).long() + (clean[:, 0] > 0.6)
+        known["label_map"][:, 0] = -1  # a line without labels
+    return {name: known[name] for name in needs.labels}
+
+
+def labels_of(row: Tensor) -> dict[str, Tensor]:
+    """Weak labels as a run hands them out; they differ between the items of a volume, so that any batch has pairs of
+    every kind.
+    """
+    subject, partition = row // N_PARTITIONS, row % N_PARTITIONS
+    return {
+        "age": 20.0 + 12.0 * subject + 5.0 * partition.double(),
+        "site": (subject + partition) % 2,
+        "diagnosis": (subject + partition) % 3,
+        "sex": partition % 2,
+        "prior": torch.stack([subject, partition, subject * partition], dim=1).double(),
+    }
 
 
 def part_of(batch: ViewBatch, rows: slice) -> ViewBatch:

@@ -8,8 +8,7 @@ from medssl.core.types import Method
 
 EXAMPLES = [pytest.param(example, id=str(example)) for example in examples()]
 every_method = pytest.mark.parametrize("example", EXAMPLES)
-# Training takes seconds: in 3D only the first settings of each method.
-TRAINED = [p for p in EXAMPLES if p.values[0].dims == 2 or p.values[0].first]
+TRAINED = [p for p in EXAMPLES if not p.values[0].costly]  # training takes seconds
 
 
 def backward(example: Example, method: Method, step: int = 0) -> torch.Tensor:
@@ -93,7 +92,7 @@ def test_bfloat16_autocast_stays_finite(example):
     assert all(bool(p.grad.isfinite().all()) for p in method.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("example", [e for e in EXAMPLES if "segmentation" not in e.id])
+@pytest.mark.parametrize("example", [e for e in EXAMPLES if not e.id.startswith(("segmentation", "supervised"))])
 def test_a_collapsed_network_shows_in_the_embedding(example):
     method = example.build()
     with torch.no_grad():
