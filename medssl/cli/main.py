@@ -94,7 +94,7 @@ def _launch_overrides(**values: Any) -> list[str]:
 
 @data.command("scan")
 def data_scan(
-    root: Annotated[Path, typer.Argument(help="Folder of the cohort.")],
+    root: Annotated[Path, typer.Argument(help="Folder of the cohort, or one table of features.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the manifest.")] = Path("manifest.csv"),
     kind: Annotated[str, typer.Option(help="auto, or a cohort by name (acdc, msd, mmwhs, bids, ...).")] = "auto",
     pattern: Annotated[
@@ -110,10 +110,13 @@ def data_scan(
     ] = None,
     suffix: Annotated[str | None, typer.Option(help="bids: images, e.g. T1w; 'T1w;FLAIR' as channels.")] = None,
     frames: Annotated[str | None, typer.Option(help="acdc: labelled (ED and ES) or cine (every frame).")] = None,
+    features: Annotated[
+        str | None, typer.Option(help="table: columns that are features, as globs: 'lh_*;rh_*'; default: all numbers.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing manifest.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a manifest of a folder of MRI: one row a volume, and what was skipped and why."""
+    """Write a manifest of a folder of MRI or a table of features: one row a volume, and what was skipped and why."""
     from medssl.runs import cohort
 
     options = {
@@ -123,6 +126,7 @@ def data_scan(
         "modality": modality,
         "suffix": suffix,
         "frames": frames,
+        "features": features,
     }
     given = {name: value for name, value in options.items() if value is not None}
     _show(cohort.scan(root, out, kind=kind, options=given, force=force), as_json)

@@ -16,6 +16,8 @@ from typing import Any, Final
 import pandas as pd
 from joblib import Parallel, delayed
 
+from medssl.data.features import is_feature_file
+from medssl.data.integrity_features import inspect_features
 from medssl.data.integrity_files import CODES, Finding, Inspection, Task, inspect
 from medssl.data.manifest import Manifest
 
@@ -107,7 +109,8 @@ def check_manifest(
 
     Args:
         manifest: As read (its own problems are reported by reading it).
-        deep: Read all voxels as well: finds damage, NaN, duplicates under other names and unknown label values.
+        deep: Read all voxels as well: finds damage, NaN, duplicates under other names and unknown label values. Of
+            feature tables, which are read whole anyway, look at the values too.
         jobs: Volumes read at the same time, each in a process of its own if more than 1. A process that a file brings
             down becomes the finding E-CRASHED, for which that file is read once more alone.
         progress: Called with the number of volumes done and the number of all.
@@ -116,8 +119,10 @@ def check_manifest(
         The findings, errors first. Memory use is that of ``jobs`` volumes, of at most 1 GiB of voxels a file.
     """
     tasks = _tasks(manifest, deep)
-    inspections: list[Inspection] = []
-    for inspection in _inspect_all(tasks, jobs if deep else 1):
+    in_tables = [task for task in tasks if len(task.images) == 1 and is_feature_file(task.images[0])]
+    rows = {task.volume for task in in_tables}
+    inspections = inspect_features(in_tables, manifest.meta.features or None)
+    for inspection in _inspect_all([task for task in tasks if task.volume not in rows], jobs if deep else 1):
         inspections.append(inspection)
         if progress is not None:
             progress(len(inspections), len(tasks))
@@ -234,7 +239,7 @@ def _repeated_voxels(manifest: Manifest, tasks: Sequence[Task], inspections: Seq
                     "E-DUPLICATE-IMAGE" if apart else "W-DUPLICATE-IMAGE",
                     task.row,
                     str(path),
-                    f"the same voxels as {where}",
+                    f"the same {one.what} as {where}",
                     "find out whose image it is and remove the other row, or give both the same group",
                 )
             )

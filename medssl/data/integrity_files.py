@@ -27,12 +27,15 @@ CODES: Final[Mapping[str, str]] = MappingProxyType(
         "E-DAMAGED": "The voxels cannot be read: truncated, wrong checksum or otherwise damaged (deep).",
         "E-TOO-LARGE": "The file holds, or says it holds, more than is read.",
         "E-CRASHED": "Reading the file ended the process that read it (deep).",
-        "E-FRAME-NEEDED": "A file of several frames, and the manifest names none.",
-        "E-FRAME-RANGE": "The file has no such frame.",
+        "E-FRAME-NEEDED": "A file of several frames (a table of several rows), and the manifest names none.",
+        "E-FRAME-RANGE": "The file has no such frame, or the table no such row.",
         "E-CHANNEL-GRID": "The channels of a volume lie on different grids.",
-        "E-NOT-FINITE": "NaN or infinite voxels (deep).",
+        "E-NOT-FINITE": "NaN or infinite voxels, or infinite features (deep).",
         "E-CONSTANT": "All voxels of a channel have one value (deep).",
         "W-INTENSITY": "A few voxels are far brighter than all others, or values are too large for float32 (deep).",
+        "E-FEATURE-COLUMNS": "A table of features has other columns than the first one.",
+        "E-FEATURE-MISSING": "Features of a row are missing (deep).",
+        "W-FEATURE-CONSTANT": "Features have one value in all rows; standardised, they become 0 (deep).",
         "E-LABEL-SHAPE": "Label map and image have different shapes.",
         "E-LABEL-GEOMETRY": "Label map and image have the same shape, but lie in different places.",
         "E-LABEL-FRACTIONS": "A label map holds values that are not whole numbers (deep).",
@@ -110,7 +113,10 @@ class Task:
 
 @dataclass
 class Inspection:
-    """What one volume turned out to be; the geometry is of the first readable channel, None without one."""
+    """What one volume turned out to be; the geometry is of the first readable channel, None without one.
+
+    ``what`` its values are (voxels or features) is for messages.
+    """
 
     volume: int
     findings: list[Finding] = field(default_factory=list)
@@ -120,6 +126,7 @@ class Inspection:
     orientation: str | None = None
     image_hashes: tuple[str, ...] = ()
     label_hash: str | None = None
+    what: str = "voxels"
 
 
 def inspect(task: Task) -> Inspection:

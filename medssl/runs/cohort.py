@@ -14,6 +14,7 @@ import pandas as pd
 from medssl.core.errors import ConfigError, DataError
 from medssl.core.seeding import permutation
 from medssl.data.cohorts import Skipped, discover_any
+from medssl.data.features import is_feature_file
 from medssl.data.integrity import Summary, check_manifest
 from medssl.data.manifest import Manifest, ManifestMeta, meta_path, read_manifest, write_manifest
 from medssl.data.splits import split_table
@@ -52,8 +53,11 @@ def scan(root: Path, out: Path, *, kind: str, options: Mapping[str, Any], force:
         ConfigError: The manifest exists already, or an option does not belong to the cohort.
     """
     _refuse_existing(out, force)
+    if out.resolve() == root.resolve():
+        raise ConfigError("the manifest would overwrite the table", where=str(out), fix="choose another --out")
     found = discover_any(root, kind=kind, **options)
-    source = Manifest(_with_positions(found.table), found.meta, root / "manifest.csv")
+    base = root.parent if root.is_file() else root
+    source = Manifest(_with_positions(found.table), found.meta, base / "manifest.csv")
     write_manifest(source.relocated(out), found.meta, out)
     manifest = read_manifest(out)
     table = manifest.table
@@ -181,6 +185,12 @@ def show(
         raise ConfigError("the montage is written as PNG", found=str(out), fix="name a file that ends in .png")
     loaded = read_manifest(manifest, mapping=mapping)
     table = loaded.table
+    if is_feature_file(loaded.image_paths(int(table["volume"].iloc[0]))[0]):
+        raise DataError(
+            "the manifest names rows of feature tables, which are no pictures",
+            where=str(manifest),
+            fix="`medssl data check --deep` says what the features hold",
+        )
     if cases:
         chosen = table[table["case"].isin(cases) | table["subject"].isin(cases)]
         missing = set(cases) - set(table["case"]) - set(table["subject"])
@@ -220,6 +230,9 @@ def prepare_for(config: Path, overrides: Sequence[str]) -> Outcome:
     from medssl.runs.volumes import open_cohort
 
     loaded = load_any(config, overrides)
+    if loaded.spatial_dims == 0:
+        line = "rows of feature tables need no preparation: nothing to do"
+        return Outcome([line], {"n_volumes": 0, "cache": str(loaded.data.cache)})
     cohort = open_cohort(loaded.data, slice_axis=loaded.items.slice_axis, every_split=True)
     n = len(cohort.store.volumes)
     return Outcome(

@@ -13,8 +13,9 @@ from typing import Any, Final, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from medssl.core.errors import ConfigError, DataError, nearest
-from medssl.data.cohorts import acdc, bids, folder, mmwhs, msd, nnunet, openbhb, synthetic
+from medssl.data.cohorts import acdc, bids, folder, mmwhs, msd, nnunet, openbhb, synthetic, table
 from medssl.data.cohorts.base import Cohort, Discovery, Recognition, Skipped, existing_folder
+from medssl.data.features import SUFFIXES
 
 __all__ = ["COHORTS", "Cohort", "Discovery", "Recognition", "Skipped", "discover_any", "recognise_any"]
 
@@ -54,6 +55,13 @@ COHORTS: Final[Mapping[str, Cohort]] = MappingProxyType(
             "one raw dataset of nnU-Net",
             "dataset.json with `channel_names` and `file_ending` beside imagesTr",
         ),
+        "table": Cohort(
+            "table",
+            table.discover,
+            table.recognise,
+            "a table of measures, one row a visit",
+            "a .csv, .parquet or .npy file",
+        ),
         "folder": Cohort("folder", folder.discover, folder.recognise, "a plain folder of images", "any NIfTI file"),
         "synthetic": Cohort(
             "synthetic", synthetic.discover, synthetic.recognise, "the embedded synthetic cohort", "synthetic.json"
@@ -77,6 +85,8 @@ def discover_any(root: str | Path, kind: str = "auto", **options: Any) -> Discov
         ConfigError: If `kind` or an option is unknown, or an option has a value that it cannot have.
         DataError: If nothing or more than one layout is recognised, or the layout is damaged.
     """
+    if kind == "auto" and Path(root).is_file() and Path(root).suffix.lower() in SUFFIXES:
+        kind = "table"
     if kind == "auto":
         cohort, recognition = recognise_any(root)
         why = recognition.why
