@@ -62,6 +62,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             "views": 2,
             "similarity": "neg_sqdist",
             "positive_in_denominator": True,
+            "kernel": {"attributes": {"age": {"kind": "gaussian", "sigma": 1.0}}},
             "debias": {"name": "end", "on": "h", "target": {"column": "age", "bin_width": 10.0}},
             **HEAD,
         },

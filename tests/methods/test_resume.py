@@ -6,29 +6,23 @@ import signal
 import numpy as np
 import pytest
 import torch
-from method_examples import N_PARTITIONS, N_VOLUMES, examples, patterns
+from method_examples import examples, patterns, table
 
 from medssl.core.errors import Interrupted
-from medssl.core.types import ItemTable
 from medssl.samplers import SAMPLERS
 from medssl.training import BatchSource, OptimizerConfig, ScheduleConfig, TrainingConfig, train
 from medssl.training.checkpoint import Checkpoints
 from medssl.transforms.views import ViewsConfig
 
 STEPS = 4
-# Three dimensions run the same code; one variant of each method is enough there.
-EXAMPLES = [example for example in examples() if example.dims == 2 or example.first]
+EXAMPLES = [example for example in examples() if not example.costly]
 
 
 class PatternReader:
-    """The patterns of method_examples as items: N_VOLUMES volumes of N_PARTITIONS slices (or slabs)."""
+    """The patterns of method_examples as items: volumes of a few slices (or slabs), or rows of a table."""
 
     def __init__(self, dims: int):
-        n = N_VOLUMES * N_PARTITIONS
-        volume, partition = np.divmod(np.arange(n, dtype=np.int64), N_PARTITIONS)
-        self.images = patterns(dims)
-        labels = {"age": 20.0 + 7.0 * volume, "site": volume % 2}
-        self.table = ItemTable(np.arange(n), volume, volume, partition, partition, N_PARTITIONS, labels)
+        self.images, self.table = patterns(dims), table()
 
     def find(self, rows):
         return np.asarray(rows, dtype=np.int64)
@@ -38,13 +32,14 @@ class PatternReader:
 
     def read(self, rows):
         images = self.images[torch.from_numpy(self.find(rows))]
-        return images, (images[:, 0] > 0.2).long() + (images[:, 0] > 0.6)
+        return images, None if images.ndim == 2 else (images[:, 0] > 0.2).long() + (images[:, 0] > 0.6)
 
 
 def run(example, folder, *, stop_after=None, resume=False):
     needs = example.needs
     reader = PatternReader(example.dims)
     preset = "intensity" if needs.moves == "none" else "segmentation" if "label_map" in needs.labels else "simclr"
+    preset = "features" if example.dims == 0 else preset
     name = next(iter(sorted(needs.samplers)), "partition")
     source = BatchSource(
         SAMPLERS[name](reader.table, seed=5, n_volumes=2),
