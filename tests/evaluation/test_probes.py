@@ -60,12 +60,13 @@ def test_site_probe_equals_a_grid_search_over_logistic_regression(solver):
 
 
 def test_reaching_the_cap_of_iterations_is_told_and_not_warned_about():
-    # Sites in a row: those in the middle are found only with hardly any penalty.
-    line = np.repeat(np.arange(4.0), 10)[:, None] + 0.05 * np.random.default_rng(0).standard_normal((40, 1))
+    # The site is in the small difference of two large numbers: found only with large weights, many steps away.
+    common, site = np.random.default_rng(0).standard_normal(60), np.resize(["a", "b"], 60)
+    close = np.column_stack([common, common + 0.2 * (site == "a")])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        hard = site_probe(line, np.repeat(["a", "b", "c", "d"], 10))
-        easy = site_probe(line, np.repeat(["a", "b"], 20))
+        hard = site_probe(close, site)
+        easy = site_probe(close @ [[1, -1], [1, 1]], site)
     assert not hard.converged
     assert easy.converged
 
@@ -115,7 +116,7 @@ def test_two_scans_of_a_person_never_stand_on_both_sides():
     subject = np.repeat(np.arange(30), 2)
     assert age_probe(X, age, subject).r2 < 0.3 < 0.6 < age_probe(X, age).r2
     assert site_probe(X, site, subject, solver="lbfgs").balanced_accuracy < 0.75
-    assert site_probe(X, site, solver="lbfgs").balanced_accuracy > 0.9
+    assert site_probe(X, site, solver="lbfgs").balanced_accuracy > 0.85
 
 
 def test_small_sites_and_few_people_follow_the_rule():
