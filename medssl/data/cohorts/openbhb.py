@@ -94,7 +94,10 @@ _FILE: Final = re.compile(
     r"^(?P<folder>train|val)/derivatives/sub-(?P<subject>[A-Za-z0-9]+)/ses-(?P<session>[A-Za-z0-9]+)/"
     r"sub-(?P=subject)_(?P<what>preproc-.+)\.npy$"
 )
-_KNOWN: Final = {"participants.tsv", "participants.json", "qc.tsv", "README", "README.md", "LICENSE", SYNTHETIC_MARKER}
+_KNOWN: Final = {
+    *("participants.tsv", "participants.json", "qc.tsv", "README", "README.md", "LICENSE"),
+    *("manifest.csv", "manifest.meta.yaml", SYNTHETIC_MARKER),
+}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Age explains only part of the anatomy (a person's own rate of ageing and head size explain the rest), so that even a
 perfect reader of the anatomy is a few years off. Sites differ in contrast, coil, noise and resolution: a site changes
-the image, never the anatomy, and age does not depend on it.
+the image, never the anatomy. In the plain brain cohort age does not depend on the site; in the one that is laid out
+as OpenBHB (`synthetic_openbhb`) it does.
 """
 
 from __future__ import annotations
@@ -50,21 +51,46 @@ class Head:
     sex: str
 
 
+def draw_site(rng: np.random.Generator, name: str) -> Site:
+    """A site of its own: all of its properties come from `rng`."""
+    blur = rng.uniform(0.4, 0.85, size=3)
+    return Site(
+        name,
+        (float(blur[0]), float(blur[1]), float(blur[2])),
+        gamma=float(np.exp(rng.uniform(-0.3, 0.3))),
+        contrast=float(rng.uniform(0.75, 1.2)),
+        coil=float(rng.uniform(0.1, 0.5)),
+        noise=float(rng.uniform(0.015, 0.05)),
+        scale=float(np.exp(rng.uniform(np.log(100), np.log(1500)))),
+    )
+
+
 def draw_head(rng: np.random.Generator, site: Site, *, size: int) -> Head:
     """One subject's head, `size` voxels along every axis; all randomness comes from `rng`."""
     age = float(rng.uniform(*AGES))
     sex = "F" if rng.random() < 0.5 else "M"
+    return draw_head_of(rng, site, age=age, sex=sex, shape=(size, size, size))
+
+
+def draw_head_of(rng: np.random.Generator, site: Site, *, age: float, sex: str, shape: tuple[int, int, int]) -> Head:
+    """The head of someone whose age and sex are known, on a grid whose shortest axis spans the field of view."""
     ageing = (age + rng.normal(0, RATE_SD) - AGES[0]) / (AGES[1] - AGES[0])
-    voxel = FIELD_OF_VIEW / size
-    x, y, z = _coordinates(rng, size, voxel, 1.0 if sex == "F" else 1.06)
+    voxel = FIELD_OF_VIEW / min(shape)
+    x, y, z = _coordinates(rng, shape, voxel, 1.0 if sex == "F" else 1.06)
     image = _anatomy(rng, x, y, z, ageing, site)
     return Head(_acquire(rng, site, image), (voxel, voxel, voxel), age, sex)
 
 
-def _coordinates(rng: np.random.Generator, size: int, voxel: float, scale: float) -> tuple[Array, Array, Array]:
+def centred_grid(shape: tuple[int, int, int], voxel: float) -> Array:
+    """(3, X, Y, Z): millimetres from the centre of a grid, the coordinates of a head that is straight and average."""
+    return np.stack(np.meshgrid(*((np.arange(n) - (n - 1) / 2) * voxel for n in shape), indexing="ij"))
+
+
+def _coordinates(
+    rng: np.random.Generator, shape: tuple[int, int, int], voxel: float, scale: float
+) -> tuple[Array, Array, Array]:
     """Anatomical coordinates in mm of every voxel: head size, a small rotation about each axis, a smooth warp."""
-    axis = (np.arange(size) - (size - 1) / 2) * voxel
-    grid = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"))
+    grid = centred_grid(shape, voxel)
     rotation = np.eye(3)
     for first, second in ((0, 1), (0, 2), (1, 2)):
         turn, angle = np.eye(3), rng.normal(0, np.deg2rad(4))
