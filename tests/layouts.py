@@ -144,6 +144,23 @@ def write_mmwhs(root: Path, n: int = 2) -> Path:
     return root
 
 
+def write_openbhb(root: Path, n: int = 2) -> Path:
+    """People of each split with a grey matter map (true shape, zeros but for a few voxels); two sites train."""
+    lines = ["participant_id\tsex\tage\tsiteXacq\tsplit"]
+    for index in range(3 * n):
+        split = ("train", "internal_test", "external_test")[index // n]
+        subject = str(100_000_000_001 + index)
+        folder = root / ("train" if split == "train" else "val") / "derivatives" / f"sub-{subject}" / "ses-1"
+        folder.mkdir(parents=True)
+        brain = np.zeros((1, 121, 145, 121), np.float32)
+        brain[:, 40:80, 50:90, 40:80] = np.random.default_rng(index).random((40, 40, 40))
+        np.save(folder / f"sub-{subject}_preproc-cat12vbm_desc-gm_T1w.npy", brain)
+        site = index % 2 if split != "external_test" else 2
+        lines.append(f"{subject}\t{('male', 'female')[index % 2]}\t{20 + 5 * index}\t{site}\t{split}")
+    (root / "participants.tsv").write_text("\n".join(lines) + "\n")
+    return root
+
+
 def write_bids(root: Path) -> Path:
     """Three people; the first has two sessions and a lesion map in derivatives; one age is not a number."""
     shape = (10, 12, 8)

@@ -1,11 +1,12 @@
 from pathlib import Path
 
 import layouts
+import numpy as np
 import pytest
 import yaml
 
 from medssl.core.errors import ConfigError, DataError
-from medssl.data.cohorts import acdc, discover_any, mmwhs, msd
+from medssl.data.cohorts import acdc, discover_any, mmwhs, msd, openbhb
 from medssl.data.cohorts.facts import read_facts, read_published_lists
 
 FOLDER = Path(__file__).parents[2] / "data_manifests"
@@ -13,7 +14,7 @@ FILES = sorted(FOLDER.glob("*.yaml"))
 
 
 def test_there_is_a_file_for_each_published_cohort() -> None:
-    assert [path.stem for path in FILES] == ["acdc", "hippocampus", "mmwhs", "prostate"]
+    assert [path.stem for path in FILES] == ["acdc", "hippocampus", "mmwhs", "openbhb", "prostate"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -23,17 +24,20 @@ def test_facts_are_valid_and_match_what_a_scan_finds(path: Path, tmp_path: Path)
         "acdc": layouts.write_acdc,
         "hippocampus": layouts.write_msd_hippocampus,
         "mmwhs": layouts.write_mmwhs,
+        "openbhb": layouts.write_openbhb,
         "prostate": layouts.write_msd_prostate,
     }[path.stem]
     found = discover_any(write(tmp_path), **facts.options)
     assert found.cohort == facts.cohort
     assert list(found.meta.label_names) == list(facts.label_names)
     assert sorted(set(facts.label_values.values())) == list(range(len(facts.label_names)))
-    assert facts.partitions == 4
+    assert facts.partitions == (None if path.stem == "openbhb" else 4)
+    shapes = [np.load(tmp_path / image).shape for image in found.table["image"] if image.endswith(".npy")]
+    assert set(shapes) == ({facts.array_shapes["vbm"]} if path.stem == "openbhb" else set())
 
 
 def test_licence_and_citation_of_the_facts_are_those_of_the_scan() -> None:
-    for name, meta in (("acdc", acdc.META), ("mmwhs", mmwhs.META)):
+    for name, meta in (("acdc", acdc.META), ("mmwhs", mmwhs.META), ("openbhb", openbhb.META)):
         facts = read_facts(FOLDER / f"{name}.yaml")
         assert (facts.citation, facts.label_names) == (meta.citation, meta.label_names)
         assert facts.licence.split()[0] == meta.licence.split()[0]

@@ -44,24 +44,27 @@ class CohortFacts(StrictModel):
         name: For titles.
         cohort: The layout (a name in `COHORTS`) and, in `options`, how it is listed.
         label_names: Structure by value in the label files, background (0) included; the sorted values are the classes.
+            Empty: the cohort has no label maps.
+        array_shapes: Shape of one person's array by the value of the option `modality`, where files are arrays.
         label_aliases: Stray values in the files and the value that they stand for.
         prepare: Spacing, size and intensities; `prepare_source` says where the numbers are from.
         slice_axis: Axis along which partitions are counted.
-        partitions: S, and in `partitions_tried` the other values that the publication used.
+        partitions: S, and in `partitions_tried` the other values that the publication used; None without partitions.
         status: How far recipes on this cohort were tried.
         notes: What a user should know.
     """
 
     name: str
-    cohort: Literal["acdc", "msd", "mmwhs"]
+    cohort: Literal["acdc", "msd", "mmwhs", "openbhb"]
     options: dict[str, str] = {}
-    label_names: dict[int, str]
+    label_names: dict[int, str] = {}
     label_aliases: dict[int, int] = {}
+    array_shapes: dict[str, tuple[int, ...]] = {}
     modality: str
     prepare: PrepareConfig
     prepare_source: str = Field(min_length=1)
     slice_axis: Literal[0, 1, 2] = 2
-    partitions: int = Field(ge=2)
+    partitions: int | None = Field(default=None, ge=2)
     partitions_tried: tuple[int, ...] = ()
     splits: PublishedSplits | None = None
     licence: str = Field(min_length=1)
@@ -73,7 +76,7 @@ class CohortFacts(StrictModel):
     @field_validator("label_names")
     @classmethod
     def _has_background(cls, value: dict[int, str]) -> dict[int, str]:
-        if value.get(0) != "background":
+        if value and value.get(0) != "background":
             raise ValueError("0 must be background")
         return dict(sorted(value.items()))
 
