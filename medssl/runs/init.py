@@ -1,4 +1,6 @@
-"""Write a commented configuration that fits a manifest: geometry, grid, partitions and strides from its headers."""
+"""Write a commented configuration that fits a manifest: geometry, grid, partitions and strides from its headers,
+or features and method from its tables.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,8 @@ from medssl.config import CONFIGS
 from medssl.core.errors import ConfigError, DataError
 from medssl.core.files import atomic_write, parse_yaml
 from medssl.core.schema import validate
+from medssl.data.feature_store import open_features
+from medssl.data.features import FeaturesConfig, is_feature_file
 from medssl.data.manifest import Manifest, read_manifest
 from medssl.data.splits import TEST_SPLITS
 from medssl.data.volume import read_header
@@ -38,6 +42,7 @@ PARTITIONS: Final = 4
 SLAB: Final = 16
 N_LABELLED: Final = (1, 2, 8)
 N_VALIDATION: Final = 2
+FEATURE_BATCH: Final = 128
 
 
 @dataclass(frozen=True)
@@ -99,24 +104,61 @@ def write_config(
             fix="choose another name with --out, or replace it with --force",
         )
     loaded = read_manifest(manifest, mapping=mapping or {})
-    grid, notes = fit_grid(loaded)
-    values = {
+    common = {
         "stem": _stem(loaded),
         "manifest": json.dumps(str(manifest), ensure_ascii=False),
         "map": json.dumps(dict(mapping or {}), ensure_ascii=False),
-        "grid": grid,
-        **(_pretrain_values(loaded, grid) if kind == "pretrain" else _finetune_values(loaded)),
     }
-    text = _template(kind).render(values)
+    if is_feature_file(loaded.image_paths(int(loaded.table["volume"].iloc[0]))[0]):
+        template, values, about = _feature_values(kind, loaded)
+        geometry, notes = "features", []
+    else:
+        grid, notes = fit_grid(loaded)
+        more = _pretrain_values(loaded, grid) if kind == "pretrain" else _finetune_values(loaded)
+        template, values, geometry = kind, {"grid": grid, **more}, grid.geometry
+        about = f"{_shown(grid.median_spacing)} mm (median of {grid.n_volumes} volumes): " + (
+            f"2D slices along axis {grid.slice_axis}" if grid.geometry == "slice" else "3D"
+        )
+    text = _template(template).render({**common, **values})
     validate(CONFIGS[kind], parse_yaml(text, source=str(target)), source=str(target))
     atomic_write(target, text)
-    lines = [
-        f"{_shown(grid.median_spacing)} mm (median of {grid.n_volumes} volumes): "
-        + (f"2D slices along axis {grid.slice_axis}" if grid.geometry == "slice" else "3D"),
-        *notes,
-        f"written to {target}; read it, then: medssl {kind} {target}",
-    ]
-    return Outcome(lines, {"config": str(target), "kind": kind, "geometry": grid.geometry, "notes": notes})
+    lines = [about, *notes, f"written to {target}; read it, then: medssl {kind} {target}"]
+    return Outcome(lines, {"config": str(target), "kind": kind, "geometry": geometry, "notes": notes})
+
+
+def _feature_values(kind: str, manifest: Manifest) -> tuple[str, dict[str, Any], str]:
+    """Template, its values, and a line about the table, for a manifest of feature rows.
+
+    Raises:
+        ConfigError: Fine-tuning, which segments images.
+        DataError: Rows that cannot be read, or fewer than two to train on.
+    """
+    if kind != "pretrain":
+        raise ConfigError(
+            "fine-tuning segments images; the manifest names rows of feature tables",
+            where=str(manifest.path),
+            fix="pretrain on them (`medssl init pretrain`), then embed them and evaluate the embedding",
+        )
+    splits = _split_values(manifest)
+    chosen = in_splits(manifest, ("train",)) if manifest.table["split"].notna().any() else manifest
+    store = open_features(chosen, FeaturesConfig(impute="mean"))
+    n_missing = int(np.isnan(store.values).any(axis=1).sum())
+    if len(chosen) < 2:
+        raise DataError("a contrast needs two rows at least", where=str(manifest.path), found=f"{len(chosen)} rows")
+    ages = chosen.table["age"]
+    why = "the manifest lacks ages to train with" if ages.isna().any() else "all ages are equal"
+    by_age = bool(ages.notna().all() and ages.nunique() > 1)
+    values = {
+        **splits,
+        "method": "y_aware" if by_age else "simclr",
+        "why_not_age": why,
+        "n_features": store.channels,
+        "n_rows": len(chosen),
+        "batch": min(FEATURE_BATCH, len(chosen)),
+        "impute": "mean" if n_missing else "null",
+        "impute_note": f"{n_missing} rows lack a feature; null refuses them" if n_missing else "no feature is missing",
+    }
+    return "pretrain_features", values, f"{len(chosen)} rows of {store.channels} features"
 
 
 def _template(kind: str) -> jinja2.Template:
@@ -255,17 +297,20 @@ def _network(
     return tuple(size), depth, widths, strides
 
 
+def _split_values(manifest: Manifest) -> dict[str, str]:
+    if not manifest.table["split"].notna().any():
+        note = "the manifest has no split: all volumes. Run `medssl data split` before anything is tested on them"
+        return {"splits": "null", "split_note": note}
+    n_chosen = len(in_splits(manifest, ("train",)))
+    return {"splits": "[train]", "split_note": f"{n_chosen} of {len(manifest)} volumes"}
+
+
 def _pretrain_values(manifest: Manifest, grid: Grid) -> dict[str, Any]:
     split = manifest.table["split"].notna().any()
     chosen = in_splits(manifest, ("train",)) if split else manifest
     n_volumes = min(3 if grid.geometry == "slice" else 2, len(chosen))
     return {
-        "splits": "[train]" if split else "null",
-        "split_note": (
-            f"{len(chosen)} of {len(manifest)} volumes"
-            if split
-            else "the manifest has no split: all volumes. Run `medssl data split` before anything is tested on them"
-        ),
+        **_split_values(manifest),
         "n_batch": n_volumes,
         "batch": n_volumes * grid.partitions,
         "n_random": min(12, len(chosen) * grid.n_slices),
