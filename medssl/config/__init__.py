@@ -1,8 +1,8 @@
 """One validated configuration of a whole run."""
 
-from medssl.config.load import dump_config, load_any, load_config
+from medssl.config.compare import AgeSiteProtocol, ArmCombat, CompareArm, CompareConfig
+from medssl.config.load import CONFIGS, dump_config, load_any, load_config
 from medssl.config.models import (
-    CONFIGS,
     ArmConfig,
     DataConfig,
     FinetuneConfig,
@@ -14,7 +14,11 @@ from medssl.config.models import (
 
 __all__ = [
     "CONFIGS",
+    "AgeSiteProtocol",
+    "ArmCombat",
     "ArmConfig",
+    "CompareArm",
+    "CompareConfig",
     "DataConfig",
     "FinetuneConfig",
     "GridConfig",

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, Final, TypeVar
 
 import yaml
 from pydantic import BaseModel
 
-from medssl.config.models import CONFIGS, FinetuneConfig, PretrainConfig
+from medssl.config.compare import CompareConfig
+from medssl.config.models import FinetuneConfig, PretrainConfig
 from medssl.core.errors import ConfigError, nearest
 from medssl.core.files import parse_yaml, read_yaml
 from medssl.core.schema import validate
 
 Config = TypeVar("Config", bound=BaseModel)
+
+CONFIGS: Final[Mapping[str, Any]] = MappingProxyType(
+    {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "compare": CompareConfig}
+)
+"""The class that validates a run's file, by its ``kind``."""
+_TOLD_BY: Final = {"finetune": "task", "compare": "arms"}
+"""Sections that only one kind of run has, for files that do not say their kind."""
 
 
 def load_config(model: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -36,15 +45,15 @@ def load_config(model: type[Config], path: Path, overrides: Sequence[str] = ()) 
     return validate(model, values, source=str(path))
 
 
-def load_any(path: Path, overrides: Sequence[str] = ()) -> PretrainConfig | FinetuneConfig:
+def load_any(path: Path, overrides: Sequence[str] = ()) -> PretrainConfig | FinetuneConfig | CompareConfig:
     """Read a configuration of whichever kind its key ``kind`` says (or, without it, its sections tell)."""
     values = read_yaml(path)
-    kind = values.get("kind") if isinstance(values, dict) else None
+    kind: Any = values.get("kind") if isinstance(values, dict) else None
     if kind is None and isinstance(values, dict):
-        kind = "finetune" if "task" in values else "pretrain"
+        kind = next((kind for kind, section in _TOLD_BY.items() if section in values), "pretrain")
     if kind not in CONFIGS:
         raise ConfigError(f"unknown kind of run `{kind}`. {nearest(str(kind), CONFIGS)}", where=str(path))
-    loaded: PretrainConfig | FinetuneConfig = load_config(CONFIGS[kind], path, overrides)
+    loaded: PretrainConfig | FinetuneConfig | CompareConfig = load_config(CONFIGS[kind], path, overrides)
     return loaded
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
@@ -12,7 +13,7 @@ from medssl.core.types import Needs
 from medssl.data.features import FeaturesConfig
 from medssl.data.items import ItemsConfig
 from medssl.inference.config import InferenceConfig
-from medssl.methods import METHODS, TASKS
+from medssl.methods import METHODS, TASKS, DebiasConfig
 from medssl.models import ENCODERS
 from medssl.samplers import SAMPLERS
 from medssl.training import OptimizerConfig, ScheduleConfig, TrainingConfig
@@ -103,14 +104,19 @@ class PretrainConfig(RunConfig):
     kind: Literal["pretrain"] = "pretrain"
     method: MethodConfig  # type: ignore[valid-type]  # a union made from the table of methods
     sampler: SamplerConfig  # type: ignore[valid-type]  # a union made from the table of samplers
+    debias: DebiasConfig | None = None
+    """A regulariser beside the method that takes an attribute (the site) out of its embedding; null: none."""
     weights: Path | None = None
     """Run folder or weights folder to begin from (the local contrast begins from the global one's encoder)."""
 
     @property
     def needs(self) -> Needs:
-        """What the method asks of the rest of the run."""
+        """What the method and its regulariser ask of the rest of the run."""
         needs: Needs = self.method.needs()
-        return needs
+        if self.debias is None:
+            return needs
+        columns = [use.column for use in self.debias.label_uses()]
+        return replace(needs, labels=tuple(dict.fromkeys([*needs.labels, *columns])))
 
     @model_validator(mode="after")
     def _sections_fit(self) -> PretrainConfig:
@@ -128,7 +134,8 @@ def check_needs(config: PretrainConfig) -> None:
     needs, method = config.needs, config.method.name
     problems = []
     if config.spatial_dims not in needs.spatial_dims:
-        problems.append(f"method `{method}` is not defined for {config.spatial_dims}D items")
+        items = f"{config.spatial_dims}D items" if config.spatial_dims else "rows of a feature table"
+        problems.append(f"method `{method}` is not defined for {items}")
     if needs.samplers and config.sampler.name not in needs.samplers:
         problems.append(
             f"method `{method}` needs the sampler {' or '.join(sorted(needs.samplers))}, not `{config.sampler.name}`"
@@ -152,6 +159,9 @@ def check_needs(config: PretrainConfig) -> None:
         problems.append(f"method `{method}` trains a decoder: set model.decoder_blocks")
     if not needs.decoder and config.model.decoder_blocks is not None:
         problems.append(f"method `{method}` trains no decoder: remove model.decoder_blocks")
+    if config.debias is not None and config.debias.on not in needs.features:
+        has = f"it has {' and '.join(needs.features)}" if needs.features else "it embeds no whole items"
+        problems.append(f"debias.on: method `{method}` has no {config.debias.on} ({has})")
     if problems:
         raise ValueError("; ".join(problems))
 
@@ -230,6 +240,3 @@ class FinetuneConfig(RunConfig):
         if window is not None and len(window) != self.spatial_dims:
             raise ValueError(f"inference.window: give {self.spatial_dims} lengths for {self.spatial_dims}D items")
         return self
-
-
-CONFIGS: dict[str, Any] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}

@@ -105,8 +105,12 @@ def kfold(
     return tables
 
 
-def leave_site_out(manifest: Manifest, *, validation: float = 0.0, seed: int = 0) -> dict[str, pd.DataFrame]:
+def leave_site_out(
+    manifest: Manifest, *, validation: float = 0.0, seed: int = 0, stratify: Sequence[str] | str = ()
+) -> dict[str, pd.DataFrame]:
     """One table per site: its volumes are the test set, all other sites train.
+
+    ``validation``, ``seed`` and ``stratify`` are those of `kfold`.
 
     Other volumes of a person who was scanned at the left-out site too are left out of that table's training set:
     ``split`` is empty there.
@@ -125,11 +129,12 @@ def leave_site_out(manifest: Manifest, *, validation: float = 0.0, seed: int = 0
     sites = sorted(table["site"].unique())
     if len(sites) < 2:
         raise DataError("leave-site-out needs at least two sites", where=str(manifest.path), found=listed(sites))
+    ordered = _ordered_groups(table, stratify, seed)
     tables = {}
     for number, site in enumerate(sites):
         here = table["site"] == site
         held_out = set(table["group"][here])
-        rest = [group for group in _ordered_groups(table, (), seed) if group not in held_out]
+        rest = [group for group in ordered if group not in held_out]
         result = _with_validation(manifest, sorted(held_out), rest, validation, seed, number)
         parts = [part if at or part != "test" else None for part, at in zip(result["split"], here)]
         tables[site] = result.assign(split=pd.Series(parts, dtype=object, index=result.index))

@@ -77,6 +77,7 @@ def train(
     fabric: Fabric | None = None,
     resume: bool = False,
     allow_changed: bool = False,
+    checkpoints: bool = True,
     fingerprint: Mapping[str, Any] | None = None,
     validate: Validate | None = None,
     on_event: OnEvent | None = None,
@@ -97,6 +98,8 @@ def train(
         fabric: A launched Fabric; None: built from ``settings``.
         resume: Go on from the newest checkpoint that can be trusted; begin where there is none.
         allow_changed: Resume although ``fingerprint`` changed.
+        checkpoints: False: nothing is saved, and an interruption loses this training. For one of seconds among
+            hundreds, which is done again as a whole.
         fingerprint: JSON that must not change over a resumption (configuration, hash of the manifest); settings of
             the training section that do not touch the result are left out of the comparison.
         validate: ``validate(method, step) -> score``, larger is better; the best step's weights are kept and put
@@ -109,7 +112,7 @@ def train(
         CheckpointError: Another process writes this run, the run changed, or no checkpoint can be trusted.
         TrainingError: A loss that is not finite, or no memory at the first step.
         DiskError: A checkpoint or log could not be written; earlier checkpoints are untouched.
-        Interrupted: SIGTERM, SIGINT or SIGUSR2; the state was saved.
+        Interrupted: SIGTERM, SIGINT or SIGUSR2; the state was saved, if ``checkpoints``.
     """
     with StopFlag() as stop, ExitStack() as stack:
         fabric = build_fabric(settings) if fabric is None else fabric
@@ -118,6 +121,7 @@ def train(
             stack.enter_context(lock)
         loop = _Loop(method, source, settings, optimizer or OptimizerConfig(), schedule or ScheduleConfig(), fabric)
         loop.seed, loop.run_dir, loop.stop, loop.lock = seed, run_dir, stop, lock
+        loop.keeps_state = checkpoints
         loop.validate, loop.on_event, loop.fingerprint = validate, on_event, dict(fingerprint or {})
         stack.callback(loop.close)
         loop.open(resume=resume, allow_changed=allow_changed)
@@ -134,6 +138,7 @@ class _Loop:
     validate: Validate | None
     on_event: OnEvent | None
     fingerprint: dict[str, Any]
+    keeps_state: bool
 
     def __init__(
         self,
@@ -378,9 +383,10 @@ class _Loop:
             if not self.first:
                 time.sleep(LINGER_S)
             cause = self.stop.raised.name if self.stop.raised else "a signal to another process"
+            kept = "the state was saved" if self.keeps_state else "this training begins again when the run is resumed"
             raise Interrupted(
-                f"stopped at step {self.progress.step} because of {cause}; the state was saved",
-                where=str(path),
+                f"stopped at step {self.progress.step} because of {cause}; {kept}",
+                where=str(path if self.keeps_state else self.run_dir),
                 fix="go on with --resume",
             )
         if due_anywhere:
@@ -404,6 +410,9 @@ class _Loop:
         self.progress.seconds = self._largest([self._elapsed()])[0]
         if self.metrics is not None:
             self.last = self.metrics.flush() or self.last
+        if not self.keeps_state:
+            return path
+        if self.metrics is not None:
             self.metrics.sync()
         if self.first:
             tensors, info = snapshot(self)
