@@ -101,7 +101,9 @@ def l_thr(
     else:
         norm = (ranked * copies).sum(1, keepdim=True)
     dtype = torch.promote_types(z.dtype, torch.float32)
-    shares = (ranked / norm.clamp(min=torch.finfo(dtype).tiny)).to(dtype)
+    # In the wider of both dtypes: the other one may hold the smallest normal number of this one as 0.
+    norm = norm.to(torch.promote_types(weights.dtype, dtype)).clamp(min=torch.finfo(dtype).tiny)
+    shares = (ranked / norm).to(dtype)
     copies = copies.to(dtype)
 
     def terms(s: Tensor, itself: Tensor, items: slice) -> Tensor:

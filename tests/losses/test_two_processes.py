@@ -9,10 +9,28 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from medssl.core.distributed import gather, world_size
-from medssl.losses import global_contrastive, local_contrastive, nearest_negatives, nt_xent, region_corners
+from medssl.losses import (
+    alignment,
+    decoupled_uniformity,
+    end,
+    fair_kl,
+    global_contrastive,
+    l_exp,
+    l_thr,
+    label_kernel,
+    local_contrastive,
+    nearest_negatives,
+    nt_xent,
+    region_corners,
+    sup_con,
+    sup_info_nce,
+    uniformity,
+    y_aware,
+)
 
 N, D = 12, 6  # 3 volumes x 4 partitions, as one global batch
 PARTITION, VOLUME = torch.arange(N) % 4, torch.arange(N) // 4
+AGE = torch.tensor([20.0, 31, 31, 55, 54, 20, 70, 66, 23, 40, 41, 20], dtype=torch.float64)
 CORNERS = region_corners((8, 8), 3)
 
 
@@ -32,6 +50,29 @@ ROWS = {
     "global gd-": gd("gd-"),
     "global gd": gd("gd"),
 }
+# Partitions stand for diagnoses and volumes for sites; the kernel is made of gathered ages on every process.
+LABELLED = {
+    "sup_con": lambda z, y, b, w: sup_con(z, y, epsilon=0.2),
+    "sup_info_nce out": lambda z, y, b, w: sup_info_nce(z, y, epsilon=0.2),
+    "sup_info_nce in": lambda z, y, b, w: sup_info_nce(z, y, form="in"),
+    "y_aware": lambda z, y, b, w: y_aware(z, w),
+    "l_thr": lambda z, y, b, w: l_thr(z, w),
+    "l_thr compared": lambda z, y, b, w: l_thr(z, w, normalizer="compared"),
+    "l_exp": lambda z, y, b, w: l_exp(z, w),
+    "l_exp as run": lambda z, y, b, w: l_exp(z, w, similarity="neg_sqdist", positive_in_denominator=True),
+    "fair_kl labels": lambda z, y, b, w: sum(vars(fair_kl(z[:, 0], b, labels=y // 2)).values()),
+    "fair_kl kernel": lambda z, y, b, w: sum(vars(fair_kl(z[:, 0], b, weights=w, mode="moments")).values()),
+    "end": lambda z, y, b, w: sum(vars(end(z[:, 0], b, y)).values()),
+    "alignment": lambda z, y, b, w: alignment(z[:, 0], z[:, 1]),
+    "uniformity": lambda z, y, b, w: uniformity(z[:, 0]),
+    "decoupled_uniformity": lambda z, y, b, w: decoupled_uniformity(z, prior_kernel=w),
+}
+
+
+def with_kernel(loss):
+    return lambda z, y, b, age: loss(z, y, b, label_kernel(age, sigma=15.0))
+
+
 MAPS = {"local lr": dense("lr"), "local ld": dense("ld")}
 
 
@@ -43,15 +84,16 @@ def losses_and_gradients(rank: int, processes: int) -> dict[str, tuple[Tensor, T
     linear, convolution = nn.Linear(10, D).double(), nn.Conv2d(3, 4, 3, padding=1).double()
     mine = slice(rank * N // processes, (rank + 1) * N // processes)
     results = {}
-    for name, loss in (ROWS | MAPS).items():
-        if name in ROWS:
+    labelled = {name: with_kernel(loss) for name, loss in LABELLED.items()}
+    for name, loss in (ROWS | MAPS | labelled).items():
+        if name not in MAPS:
             network, z = linear, linear(x[mine])
         else:
             network, z = convolution, convolution(maps[mine].flatten(0, 1)).unflatten(0, (-1, 2))
-        whole, partition, volume = gather((z, PARTITION[mine], VOLUME[mine]))
+        whole, partition, volume, age = gather((z, PARTITION[mine], VOLUME[mine], AGE[mine]))
         assert len(whole) == N
         network.zero_grad()
-        value = loss(whole, partition, volume)
+        value = loss(whole, partition, volume, *([age] if name in labelled else []))
         value.backward()
         gradient = torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
         if world_size() > 1:
