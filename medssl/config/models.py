@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
@@ -240,6 +240,3 @@ class FinetuneConfig(RunConfig):
         if window is not None and len(window) != self.spatial_dims:
             raise ValueError(f"inference.window: give {self.spatial_dims} lengths for {self.spatial_dims}D items")
         return self
-
-
-CONFIGS: dict[str, Any] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
