@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from medssl.reporting.age_site_figures import all_results, trade_off
+from medssl.reporting.age_site_figures import all_results
 from medssl.reporting.age_site_maps import embedding_maps, site_confusion
 from medssl.reporting.age_site_people import error_by_decade, predicted_ages
 from medssl.reporting.age_site_tables import comparison_table, difference_table, left_out_table
+from medssl.reporting.age_site_tradeoff import trade_off
 from medssl.reporting.age_site_verdict import age_site_verdict
 from medssl.reporting.describe import Table, cell_table, pairs_table
 from medssl.reporting.page import Section, data_section, notes, some, write_page

@@ -68,8 +68,10 @@ class Result:
 
 
 def short(result: Result) -> str:
-    """Arm and layer where there is little room."""
-    return f"{clean(result.arm, NAME)} ({clean(result.layer, 8)})"
+    """Arm and layer where there is little room; a long name loses its middle, as its end often holds a weight."""
+    arm = clean(result.arm)
+    arm = arm if len(arm) <= NAME else f"{arm[: NAME // 2]}…{arm[1 - NAME // 2 :]}"
+    return f"{arm} ({clean(result.layer, 8)})"
 
 
 def results_of(summary: Mapping[str, Any]) -> list[Result]:

@@ -9,9 +9,9 @@ from age_site_fixture import age_site_run
 from test_report import HOSTILE, assert_harmless
 
 from medssl.reporting import build_report
-from medssl.reporting.age_site_figures import trade_off
 from medssl.reporting.age_site_maps import site_confusion
-from medssl.reporting.age_site_results import before_after, chosen, paired_reading, results_of
+from medssl.reporting.age_site_results import before_after, chosen, paired_reading, results_of, short
+from medssl.reporting.age_site_tradeoff import trade_off
 from medssl.reporting.age_site_verdict import age_site_verdict
 from medssl.reporting.source import run_kind
 
@@ -234,3 +234,23 @@ def test_sixty_sites_stay_apart_in_the_confusion_and_broken_tables_are_left_out(
     assert "mean of the diagonal 0.06" in picture.alt
     for broken in ({"sites": sites, "counts": [[1]]}, {"sites": ["a"], "counts": "x"}, {"sites": ["a", "a"]}, [], None):
         assert site_confusion({"rows": [row("a", confusion=broken)]}) is None
+
+
+def test_a_crowded_trade_off_has_a_panel_for_each_family():
+    def weights(family, count):
+        term = {"name": "fair_kl", "on": "z"}
+        rows = [row(f"{family} {w}", debias=term | {"weight": w}, family=family) for w in range(1, count)]
+        return [row(family), *rows]
+
+    few = trade_off({"rows": [*weights("a", 7), *weights("b", 7)]})
+    many = trade_off({"rows": [*weights("a", 8), *weights("b", 8), row("untreated")]})
+    assert "Grey dots are the results of the other families." in many.caption
+    assert "Grey dots" not in few.caption
+    axes = re.compile(rb'id="axes_\d+"')
+    assert len(set(axes.findall(few.file))) == 1
+    assert len(set(axes.findall(many.file))) == 2
+
+
+def test_long_names_of_arms_keep_their_ends():
+    result = results_of({"rows": [row("decoupled_uniformity + fair_kl 100 on z")]})[0]
+    assert short(result) == "decoupled_uni…_kl 100 on z (z)"
