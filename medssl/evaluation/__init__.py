@@ -9,6 +9,14 @@ from medssl.evaluation.age_site import (
     summarise_age_site,
 )
 from medssl.evaluation.combat import ComBat
+from medssl.evaluation.neighbours import (
+    Labelled,
+    ProbeScore,
+    alignment_uniformity,
+    knn_probe,
+    linear_probe,
+    mlp_probe,
+)
 from medssl.evaluation.probes import age_probe, person_folds, site_probe
 from medssl.evaluation.segmentation import ClassSummary, Summary, case_metrics, dice, hd95_mm, summarise
 from medssl.evaluation.statistics import PairedDifference, compare_arms, holm, over_draws, paired_bootstrap
@@ -17,16 +25,22 @@ __all__ = [
     "AgeSiteSummary",
     "ClassSummary",
     "ComBat",
+    "Labelled",
     "PairedDifference",
     "People",
+    "ProbeScore",
     "Summary",
     "age_probe",
+    "alignment_uniformity",
     "case_metrics",
     "compare_age_site",
     "compare_arms",
     "dice",
     "hd95_mm",
     "holm",
+    "knn_probe",
+    "linear_probe",
+    "mlp_probe",
     "openbhb_score",
     "over_draws",
     "paired_bootstrap",

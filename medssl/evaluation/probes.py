@@ -16,6 +16,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
@@ -238,10 +239,11 @@ def numbers(values: npt.ArrayLike, what: str) -> Floats:
     Raises:
         InputError: Another shape, or rows without a finite value.
     """
-    numeric = np.asarray(values, dtype=np.float64)
-    if numeric.ndim != 1:
-        raise InputError(f"{what} must have one value a row", found=str(numeric.shape))
-    _refuse_rows(~np.isfinite(numeric), f"{what} is missing")
+    given = np.asarray(values)
+    if given.ndim != 1:
+        raise InputError(f"{what} must have one value a row", found=str(given.shape))
+    numeric = np.asarray(pd.to_numeric(pd.Series(given), errors="coerce"), dtype=np.float64)
+    _refuse_rows(~np.isfinite(numeric), f"{what} is missing or no number")
     return numeric
 
 
@@ -269,9 +271,9 @@ def check_sites(site: Texts, subject: Texts) -> None:
     sites, people = np.unique(pairs[:, 0], return_counts=True)
     if (people >= 2).sum() < 2:
         raise InputError(
-            "the site probe needs two sites with at least two people each",
+            "nothing to tell apart: two sites (or classes) with at least two people each are needed",
             found=", ".join(f"{name}: {n}" for name, n in list(zip(sites, people))[:20]),
-            fix="leave the site out of the evaluation, or add people of another site",
+            fix="evaluate something else, or add people of another site or class",
         )
 
 

@@ -219,7 +219,7 @@ def test_refusals_name_people_and_sites():
         predict_age_site(train, None, internal)
     with pytest.raises(InputError, match="nobody"):
         predict_age_site(train, None, None)
-    with pytest.raises(InputError, match="age is missing\n.*2"):
+    with pytest.raises(InputError, match="age is missing or no number\n.*2"):
         People(train.X[:3], [30, 40, np.nan], train.site[:3], train.subject[:3])
     with pytest.raises(InputError, match="two sites"):
         predict_age_site(train.select(train.site == "a"), internal.select(internal.site == "a"), None)

@@ -173,7 +173,7 @@ def test_refusals_name_what_is_wrong():
         combat.transform(X, sites=site)
     with pytest.raises(InputError, match="number of features"):
         combat.transform(X[:, 1:], sites=site, covariates=covariates)
-    with pytest.raises(InputError, match="covariate age is missing\n.*rows \\(from 0\\) 1"):
+    with pytest.raises(InputError, match="covariate age is missing or no number\n.*rows \\(from 0\\) 1"):
         ComBat().fit(X, sites=site, covariates={"age": np.where(np.arange(len(X)) == 1, np.nan, 30.0)})
     with pytest.raises(InputError, match="two sites"):
         ComBat().fit(X, sites=["s0"] * len(X))
