@@ -106,7 +106,7 @@ def fair_kl(
 def _gap(similarity: Tensor, aligned: Tensor, weights: Tensor | None, mode: str) -> Tensor:
     """Distance between the distributions of aligned and of conflicting similarities (N, N), weighted, off-diagonal."""
     off_diagonal = ~torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
-    mean, deviation, enough = [], [], []
+    mean, variance, enough = [], [], []
     for pairs in (aligned & off_diagonal, ~aligned):
         share = pairs.to(similarity.dtype) if weights is None else pairs * weights
         total = share.sum()
@@ -116,14 +116,14 @@ def _gap(similarity: Tensor, aligned: Tensor, weights: Tensor | None, mode: str)
         share = share / torch.where(total > 0, total, 1.0)
         moments = _Moments.apply(similarity, share)
         mean.append(moments[0])
-        deviation.append(moments[1].clamp(min=SMALLEST_VARIANCE))
+        variance.append(moments[1].clamp(min=SMALLEST_VARIANCE))
     warn_if(~torch.stack(enough).all(), "fewer than two aligned or conflicting pairs: the FairKL term is 0")
     distance = (mean[0] - mean[1]).square()
     if mode == "moments":
-        value = distance + (deviation[0].sqrt() - deviation[1].sqrt()).square()
+        value = distance + (variance[0].sqrt() - variance[1].sqrt()).square()
     else:
-        ratio = deviation[0] / deviation[1]
-        value = (distance / deviation[1] + (ratio - 1) - ratio.log()) / 2
+        ratio = variance[0] / variance[1]
+        value = (distance / variance[1] + (ratio - 1) - ratio.log()) / 2
     return torch.where(torch.stack(enough).all(), value, 0.0)
 
 

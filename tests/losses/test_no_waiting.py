@@ -1,0 +1,57 @@
+"""No loss asks an accelerator for a value, forward or backward: on tensors without values that would raise."""
+
+import contextlib
+import sys
+
+import pytest
+import torch
+
+from medssl.losses import (
+    alignment,
+    contrastive,
+    decoupled_uniformity,
+    end,
+    fair_kl,
+    fairness,
+    l_exp,
+    l_thr,
+    label_kernel,
+    nt_xent,
+    sup_con,
+    sup_info_nce,
+    supcon,
+    uniformity,
+    weak,
+    y_aware,
+)
+
+uniformity_module = sys.modules[decoupled_uniformity.__module__]  # its name is also that of a function
+
+LOSSES = {
+    "nt_xent": lambda z, y, w: nt_xent(z[:, 0], z[:, 1]),
+    "sup_con": lambda z, y, w: sup_con(z, y, epsilon=0.5),
+    "sup_info_nce": lambda z, y, w: sup_info_nce(z, y) + sup_info_nce(z, y.float(), form="in"),
+    "y_aware": lambda z, y, w: y_aware(z, w),
+    "l_thr": lambda z, y, w: l_thr(z, w) + l_thr(z, w, normalizer="compared"),
+    "l_exp": lambda z, y, w: l_exp(z, w) + l_exp(z, w, positive_in_denominator=True),
+    "fair_kl": lambda z, y, w: sum(vars(fair_kl(z[:, 0], y, labels=y)).values()),
+    "fair_kl weights": lambda z, y, w: sum(vars(fair_kl(z[:, 0], y.float(), weights=w)).values()),
+    "end": lambda z, y, w: sum(vars(end(z[:, 0], y, y)).values()),
+    "alignment": lambda z, y, w: alignment(z[:, 0], z[:, 1], alpha=1.0) + uniformity(z[:, 0]),
+    "decoupled_uniformity": lambda z, y, w: decoupled_uniformity(z, prior_kernel=w),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_never_wait_for_values(name, monkeypatch):
+    for module in (contrastive, fairness, supcon, uniformity_module, weak):  # autocast knows no meta device
+        monkeypatch.setattr(module, "exact_float32", lambda device: contextlib.nullcontext())
+    z = torch.randn(6, 2, 4, device="meta", requires_grad=True)
+    codes, ages = torch.zeros(6, dtype=torch.int64, device="meta"), torch.zeros(6, device="meta")
+    weights = label_kernel(ages, sigma=5.0, missing="ignore")
+    value = LOSSES[name](z, codes, weights)
+    value.backward()
+    assert value.shape == ()
+    assert z.grad.shape == z.shape
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(value > 0)
