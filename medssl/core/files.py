@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import yaml
 from medssl.core.errors import ConfigError, DiskError
 
 MAX_YAML_BYTES = 1_000_000
+_BOOL = "tag:yaml.org,2002:bool"
 
 
 @contextlib.contextmanager
@@ -91,7 +93,16 @@ def require_space(folder: Path, needed: int, *, what: str) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that also refuses duplicate keys and aliases (an alias bomb expands without end)."""
+    """SafeLoader that also refuses duplicate keys and aliases (an alias bomb expands without end).
+
+    Only ``true`` and ``false`` are truth values, as in YAML 1.2: PyYAML would read the key ``on`` as true, and a site
+    called NO as false.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - the base class declares it so
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -109,6 +120,9 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key `{key}`", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def parse_yaml(text: str, *, source: str) -> Any:

@@ -9,6 +9,7 @@ import yaml
 from medssl.config import FinetuneConfig, PretrainConfig, dump_config, load_any, load_config
 from medssl.config.load import apply_override
 from medssl.core.errors import ConfigError
+from medssl.core.files import parse_yaml
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN = {
@@ -128,6 +129,12 @@ def test_a_section_without_a_name_is_asked_for_it(load):
 )
 def test_set_overrides_one_value_read_as_yaml(load, override, read):
     assert read(load(PRETRAIN, [override]))
+
+
+def test_only_true_and_false_are_truth_values():
+    """YAML 1.1 reads the key `on` as true, and a site called NO as false."""
+    read = parse_yaml("{on: h, sites: [NO, yes, off], n4: true, other: False}", source="test")
+    assert read == {"on": "h", "sites": ["NO", "yes", "off"], "n4": True, "other": False}
 
 
 def test_set_reaches_into_lists(load):
