@@ -14,22 +14,23 @@ from medssl.config import PretrainConfig, dump_config
 from medssl.core import distributed
 from medssl.core.errors import ConfigError, DataError
 from medssl.core.files import write_json
-from medssl.core.types import Method, ModelParts
+from medssl.core.types import ItemTable, Method, ModelParts
 from medssl.data.feature_store import FeatureReader
 from medssl.data.manifest import Manifest
 from medssl.data.splits import TEST_SPLITS, refuse_leak
-from medssl.methods import METHODS
-from medssl.models import build_decoder, build_encoder, load_weights, read_model, save_weights
+from medssl.methods import METHODS, Debiased, with_debias
+from medssl.methods.supervised import SupervisedConfig, n_classes_of
+from medssl.models import ProjectionHead, build_decoder, build_encoder, load_weights, read_model, save_weights
 from medssl.reporting import build_report
 from medssl.runs.folder import open_run, record_run, run_folder, tracked
 from medssl.runs.grid import fingerprint
+from medssl.runs.labels import check_labels, prior_fingerprint, training_items
 from medssl.runs.volumes import (
     FINGERPRINT_DIGITS,
     STATISTICS,
     Cohort,
     in_splits,
     load_manifest,
-    open_items,
     open_run_cohort,
     pretraining_manifests,
     row_hashes,
@@ -60,7 +61,7 @@ class Pretrained:
         lines = [
             f"{summary['method']}: {summary['steps']} steps in {summary['seconds']:.0f} s, "
             f"{100 * summary['data_wait_share']:.1f} % of it waiting for data",
-            *(f"WARNING: {line}" for line in summary["collapse"]),
+            *(f"WARNING: {line}" for line in (*summary["collapse"], *summary["label_notes"])),
             f"weights: {self.weights}",
             f"report:  {self.report}",
         ]
@@ -90,6 +91,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed: boo
     leader = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0")))) == 0
     folder = run_folder(config.runs, config.name)
     chosen, text = in_splits(manifest, config.data.splits), dump_config(config)
+    notes = check_labels(config, chosen)
 
     def on_event(name: str, values: Mapping[str, Any]) -> None:
         del values
@@ -102,11 +104,11 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed: boo
         statistics = weights_statistics(config.weights)  # what the weights were trained on, if that were features
         cohort = open_run_cohort(config, statistics=statistics)
         with_maps = "label_map" in config.needs.labels
-        table, reader = open_items(config, cohort, cohort.chosen, statistics=statistics, with_labels=with_maps)
+        table, reader = training_items(config, cohort, cohort.chosen, statistics=statistics, with_labels=with_maps)
         settings = config.sampler.model_dump(exclude={"name"})
         sampler = SAMPLERS[config.sampler.name](table, seed=config.seed, **settings)
-        _check_batch(config, sampler.batch_size)
-        method, begun_from = build_method(config, reader.image_shape)
+        check_batch(config, sampler.batch_size)
+        method, begun_from = build_method(config, reader.image_shape, table)
         source = BatchSource(sampler, reader, config.views, seed=config.seed, workers=config.training.workers)
         fabric = build_fabric(config.training)
         distributed.barrier()
@@ -125,6 +127,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed: boo
                 "config": config.model_dump(mode="json", exclude={"name", "runs", "status"}),
                 "manifest": cohort.chosen.hash(),
                 "files": fingerprint([cohort.store.key(volume) for volume in cohort.store.volumes]),
+                "prior": prior_fingerprint(config),
             },
             on_event=on_event,
         )
@@ -132,7 +135,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed: boo
             return Pretrained(folder, folder / "weights", {}, None)
         if isinstance(reader, FeatureReader):
             reader.statistics.save(folder / "weights" / STATISTICS)
-        done = finish(config, cohort, method, trained, folder, begun_from, leaks)
+        done = finish(config, cohort, method, trained, folder, begun_from, leaks, notes)
         info["collapse"] = trained.collapse
     return replace(done, report=build_report(folder))  # after the status says done
 
@@ -178,7 +181,12 @@ def _refuse_seen(config: PretrainConfig, test: Manifest, hashes: Mapping[int, st
         )
 
 
-def _check_batch(config: PretrainConfig, batch_size: int) -> None:
+def check_batch(config: PretrainConfig, batch_size: int) -> None:
+    """Refuse a batch that is too small for the method, or that the processes cannot share.
+
+    Raises:
+        ConfigError: Says which.
+    """
     if batch_size < config.needs.min_batch:
         raise ConfigError(
             f"method `{config.method.name}` needs a batch of at least {config.needs.min_batch} items",
@@ -190,11 +198,16 @@ def _check_batch(config: PretrainConfig, batch_size: int) -> None:
         raise ConfigError(f"a batch of {batch_size} items cannot be shared by {processes} processes", where="sampler")
 
 
-def build_method(config: PretrainConfig, image_shape: tuple[int, ...]) -> tuple[Method, str | None]:
-    """The method with its networks, and the checksum of the weights it begins from.
+def build_method(config: PretrainConfig, image_shape: tuple[int, ...], table: ItemTable) -> tuple[Method, str | None]:
+    """The method with its networks and regulariser, and the checksum of the weights it begins from.
+
+    Args:
+        config: The run.
+        image_shape: (C, *spatial) of an item, or (F,).
+        table: Everything that is trained on: the method looks at its labels once (`Method.fit_labels`).
 
     Raises:
-        ConfigError: A decoder is trained on a frozen encoder without weights.
+        ConfigError: A decoder is trained on a frozen encoder without weights; labels that the method cannot learn from.
         WeightsError: The weights do not fit.
     """
     encoder = build_encoder(config.model.encoder, image_shape, seed=config.seed)
@@ -211,8 +224,13 @@ def build_method(config: PretrainConfig, image_shape: tuple[int, ...]) -> tuple[
             where="weights",
             fix="name an encoder's pretraining (weights: runs/NAME), or set method.freeze_encoder: false",
         )
+    settings = config.method
+    if isinstance(settings, SupervisedConfig) and settings.loss == "cross_entropy" and settings.n_classes is None:
+        settings = settings.model_copy(update={"n_classes": n_classes_of(table, settings.target)})
     parts = ModelParts(encoder, decoder, image_shape)
-    return METHODS[config.method.name].build(config.method, parts, seed=config.seed), begun_from
+    method = with_debias(METHODS[settings.name].build(settings, parts, seed=config.seed), config.debias)
+    method.fit_labels(table)
+    return method, begun_from
 
 
 def finish(
@@ -223,6 +241,7 @@ def finish(
     folder: Path,
     begun_from: str | None,
     leaks: list[str],
+    notes: list[str],
 ) -> Pretrained:
     """Export weights and write the summary."""
     decoder = method.decoder if "decoder" in config.needs.trains else None
@@ -233,8 +252,10 @@ def finish(
         folder / "weights",
         method.encoder,
         decoder,
+        head=method.head if isinstance(method.head, ProjectionHead) else None,
         info={
             "method": config.method.model_dump(mode="json"),
+            "debias": None if config.debias is None else config.debias.model_dump(mode="json"),
             "steps": trained.steps,
             "begun_from": begun_from,
             "transductive": config.data.transductive,
@@ -248,6 +269,8 @@ def finish(
         "seconds": round(trained.seconds, 2),
         "data_wait_share": round(trained.data_wait_share, 5),
         "collapse": list(trained.collapse),
+        "label_notes": [*notes, *_empty_batches(method)],
+        "debias": None if config.debias is None else config.debias.model_dump(mode="json"),
         "skipped_checkpoints": list(trained.skipped),
         "transductive": config.data.transductive,
         "leaks_let_pass": leaks,
@@ -262,3 +285,14 @@ def finish(
     }
     write_json(folder / "eval" / "pretrain.json", summary)
     return Pretrained(folder, weights, summary, None)
+
+
+def _empty_batches(method: Method) -> list[str]:
+    """How often a regulariser had nothing to compare."""
+    n = int(method.batches_without_pairs) if isinstance(method, Debiased) else 0
+    if n == 0:
+        return []
+    return [
+        f"debias: {n} batches had no aligned or no conflicting pairs, so that it did nothing there; "
+        "the samplers site_balanced and age_site_balanced give every batch both kinds"
+    ]

@@ -123,7 +123,7 @@ def test_first_loss_of_every_recipe_is_finite(here, recipe):
         reader = ItemReader(opened.store, table, config.items, with_labels=False)
         settings = config.sampler.model_dump(exclude={"name"})
         sampler = SAMPLERS[config.sampler.name](table, seed=config.seed, **settings)
-        method, _ = build_method(config, reader.image_shape)
+        method, _ = build_method(config, reader.image_shape, table)
     else:
         config = config.model_copy(
             update={"grid": config.grid.model_copy(update={"n_labelled": (1,), "draws": 1, "n_validation": 2})}

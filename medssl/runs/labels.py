@@ -1,0 +1,155 @@
+"""The weak labels and priors of a run: checked before anything is prepared or trained, joined to the items."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from medssl.config import PretrainConfig
+from medssl.core.errors import DataError
+from medssl.core.types import ItemTable
+from medssl.data.features import FeatureStatistics, FeatureTable, read_features
+from medssl.data.items import ItemReader
+from medssl.data.manifest import Manifest
+from medssl.data.weak_labels import LabelUse, check_weak_labels, shortened
+from medssl.methods.decoupled_uniformity import PRIOR, DecoupledUniformityConfig
+from medssl.runs.volumes import Cohort, open_items
+
+_PLURAL: Final = {"case": "visits", "subject": "people"}
+
+
+def label_uses(config: PretrainConfig) -> tuple[LabelUse, ...]:
+    """What the method and its regulariser ask of which column of the manifest."""
+    sections = [section for section in (config.method, config.debias) if hasattr(section, "label_uses")]
+    return tuple(use for section in sections for use in section.label_uses())
+
+
+def check_labels(config: PretrainConfig, rows: Manifest) -> list[str]:
+    """Refuse weak labels and priors that cannot be learnt from, before anything is prepared.
+
+    Args:
+        config: The run.
+        rows: Those that are trained on.
+
+    Returns:
+        What is worth knowing, one line each.
+
+    Raises:
+        DataError: See `check_weak_labels` and `prior_of`.
+    """
+    notes = check_weak_labels(rows, label_uses(config))
+    path = prior_table(config)
+    if path is not None:
+        prior_of(rows, path)
+    return notes
+
+
+def training_items(
+    config: PretrainConfig,
+    cohort: Cohort,
+    rows: Manifest,
+    *,
+    statistics: FeatureStatistics | None = None,
+    with_labels: bool = False,
+) -> tuple[ItemTable, ItemReader]:
+    """`open_items` of the rows that are trained on, with the prior of each in ``labels["prior"]`` where there is one.
+
+    Raises:
+        DataError: See `open_items` and `prior_of`.
+    """
+    table, reader = open_items(config, cohort, rows, statistics=statistics, with_labels=with_labels)
+    path = prior_table(config)
+    if path is not None:
+        place = {int(volume): position for position, volume in enumerate(rows.table["volume"])}
+        values = prior_of(rows, path)[[place[int(volume)] for volume in table.volume]]
+        table = reader.table = replace(table, labels={**table.labels, PRIOR: values})
+    return table, reader
+
+
+def prior_table(config: PretrainConfig) -> Path | None:
+    """The table of embeddings that a run takes its prior from."""
+    method = config.method
+    if not isinstance(method, DecoupledUniformityConfig) or method.prior is None:
+        return None
+    return method.prior.table
+
+
+def prior_fingerprint(config: PretrainConfig) -> str | None:
+    """SHA-256 of the prior table: a run must not go on with another one."""
+    path = prior_table(config)
+    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def prior_of(rows: Manifest, path: Path) -> npt.NDArray[np.float32]:
+    """The row of an embedding table for each row of a manifest.
+
+    Joined by the table's column ``case`` if it has one, else by ``subject``: one row for each visit, or one for each
+    person. People of the table who are not in ``rows`` do not matter.
+
+    Args:
+        rows: Those that are trained on.
+        path: .csv, .tsv, .parquet, or .npy with ids beside it.
+
+    Returns:
+        (n, P) in the order of ``rows``.
+
+    Raises:
+        DataError: No ids, two rows of one id, people or visits without a row, values that are not finite.
+    """
+    table = read_features(path)
+    by, ids = _ids(table, path)
+    repeated = sorted(ids[ids.duplicated()].unique())
+    if repeated:
+        raise DataError(
+            f"the prior table has several rows of one {by}",
+            where=str(path),
+            found=shortened(repeated),
+            fix="keep one row for each person, or add a column `case` that names the visits as the manifest does",
+        )
+    wanted = rows.table["case" if by == "case" else "subject"].astype(str)
+    place = pd.Series(np.arange(len(ids)), index=ids)
+    found = place.reindex(wanted)
+    missing = found.isna().to_numpy(dtype=bool)
+    if missing.any():
+        names = list(wanted[missing])
+        raise DataError(
+            f"the prior table has no row for {len(set(names))} of the {wanted.nunique()} {_PLURAL[by]} that are "
+            "trained on",
+            where=str(path),
+            found=shortened(names),
+            fix="embed them too (medssl embed WEIGHTS MANIFEST -o TABLE), or leave them out with data.exclude",
+        )
+    values = table.values[found.to_numpy(dtype=np.int64)]
+    _refuse_gaps(values, list(wanted), path)
+    return values
+
+
+def _ids(table: FeatureTable, path: Path) -> tuple[str, pd.Series]:
+    for by, names in (("case", ("case",)), ("subject", ("subject", "participant_id"))):
+        for name in names:
+            if name in table.keys and table.keys[name].notna().all():
+                return by, table.keys[name].astype(str)
+    raise DataError(
+        "the prior table does not say whose its rows are",
+        where=str(path),
+        found=f"columns without features: {shortened(list(table.keys.columns)) or 'none'}",
+        fix="add a column `case` or `subject`, filled in every row, as `medssl embed` writes it",
+    )
+
+
+def _refuse_gaps(values: npt.NDArray[np.float32], names: Sequence[str], path: Path) -> None:
+    bad = ~np.isfinite(values).all(axis=1)
+    if bad.any():
+        raise DataError(
+            "the prior table has missing or infinite values",
+            where=str(path),
+            found=shortened([name for name, wrong in zip(names, bad, strict=True) if wrong]),
+            fix="embed these people again, or leave them out with data.exclude",
+        )
