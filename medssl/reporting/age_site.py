@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from medssl.reporting.age_site_figures import all_results
 from medssl.reporting.age_site_maps import embedding_maps, site_confusion
 from medssl.reporting.age_site_people import error_by_decade, predicted_ages
-from medssl.reporting.age_site_tables import comparison_table, difference_table, left_out_table
+from medssl.reporting.age_site_tables import comparison_table, difference_table, left_out_tables
 from medssl.reporting.age_site_tradeoff import trade_off
 from medssl.reporting.age_site_verdict import age_site_verdict
 from medssl.reporting.describe import Table, cell_table, pairs_table
 from medssl.reporting.page import Section, data_section, notes, some, write_page
 from medssl.reporting.source import RunFiles, read_run
 from medssl.reporting.text import duration, finite
-
-LONG: Final = 20  # rows; a longer table of single sites is folded
 
 
 def age_site_report(run_dir: Path) -> Path:
@@ -25,7 +23,7 @@ def age_site_report(run_dir: Path) -> Path:
     summary, people = run.summary, run.people
     no_people = "eval/per_person.csv holds nothing to draw."
     ages = some(predicted_ages(summary, people), error_by_decade(summary, people))
-    left_out = left_out_table(summary)
+    left_out, each_site = left_out_tables(summary)
     sections = [
         Section(
             "results", "Results", "No scores are available.",
@@ -36,14 +34,13 @@ def age_site_report(run_dir: Path) -> Path:
         Section("ages", "Predicted ages", no_people, ages),
         Section("maps", "Maps of the embedding", "No maps were kept.", embedding_maps(summary, run.maps)),
         Section("confusion", "Confusion of sites", "No confusion was recorded.", some(site_confusion(summary))),
-        Section(
-            "left-out", "Sites left out", "No leave-site-out evaluation.",
-            tables=some(left_out), folded=left_out is not None and len(left_out.rows) > LONG,
-        ),
+        Section("left-out", "Sites left out", "No leave-site-out evaluation.", (), some(left_out)),
         data_section(run),
         Section("evaluation", "Evaluation", "Nothing was recorded.", (), some(_evaluation(run)), notes(summary)),
     ]  # fmt: skip
     cells = some(cell_table(run.cells, "Every training of this run."))
+    if each_site is not None:
+        sections.append(Section("each-site", "Each site left out", "", (), [each_site], folded=True))
     sections.append(Section("cells", "All trainings", "eval/cells.csv was not found.", (), cells, folded=True))
     return write_page(run, "Brain age and site", age_site_verdict(summary, people), sections)
 

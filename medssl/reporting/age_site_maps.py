@@ -69,9 +69,9 @@ def _map(kind: str, picked: Sequence[Result], maps: pd.DataFrame) -> Picture | N
         content = svg_bytes(figure)
     order = "Above: before, below: after something was done about the site. " if len(drawn) > 1 else ""
     few = "" if len(named) == len(looks) else f" {len(looks) - len(named)} smaller sites are grey."
-    caption = f"One dot is one person. {order}{reading}{few}"
-    names = ", ".join(short(r) for r, _ in drawn)
     n_people = everyone[["site", "subject"]].drop_duplicates().shape[0]
+    caption = f"One dot is one of {n_people} people. {order}{reading}{few}"
+    names = ", ".join(short(r) for r, _ in drawn)
     alt = f"{title} of the embeddings of {names}: {n_people} people of {len(looks)} sites, by age and by site"
     return Picture(f"map-{kind}", content, "svg", alt, caption, f"Map of the embedding: {title}")
 

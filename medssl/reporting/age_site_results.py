@@ -14,7 +14,6 @@ NAME: Final = 26
 SIGNIFICANCE: Final = 0.05
 SITE_DIGITS: Final = 3  # with 60 sites chance is 0.017
 METRICS: Final[Mapping[str, str]] = {
-    "mae": "age error (MAE, years)",
     "mae_internal": "age error at seen sites (MAE, years)",
     "mae_external": "age error at unseen sites (MAE, years)",
     "bacc": "site accuracy (balanced)",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from medssl.reporting.age_site_results import (
@@ -18,7 +18,8 @@ from medssl.reporting.describe import Table, table_of
 from medssl.reporting.text import MISSING, clean, finite, number, signed, spread
 
 MAX_COLUMNS: Final = 12
-_NAMES: Final = {"n_people": "people", "n_sites": "sites", "mae": "MAE (years)", "r2": "R²", "n_seeds": "seeds"}
+ALL_SITES: Final = "all"  # how the run calls the row of all left-out sites together
+_NAMES: Final = {"n_people": "people", "r_external": "r"}
 
 
 def comparison_table(summary: Mapping[str, Any]) -> Table | None:
@@ -106,16 +107,19 @@ def _difference(row: Mapping[str, Any]) -> str:
     return f"{signed(row['difference'])}{interval}{chance}: {paired_reading(row)}"
 
 
-def left_out_table(summary: Mapping[str, Any]) -> Table | None:
-    """Every site predicted by models that never saw it, with the columns that the run wrote."""
+def left_out_tables(summary: Mapping[str, Any]) -> tuple[Table | None, Table | None]:
+    """People predicted by models that never saw their site: all sites together, and each site."""
     rows = (summary.get("leave_site_out") or {}).get("rows") or []
+    caption = "Leave-site-out: the people of each site are predicted by a model and a probe that saw no one of it."
+    together = _left_out_table(f"{caption} Brackets: 95 % interval.", [r for r in rows if r.get("site") == ALL_SITES])
+    return together, _left_out_table(f"{caption} One row per site.", [r for r in rows if r.get("site") != ALL_SITES])
+
+
+def _left_out_table(caption: str, rows: Sequence[Mapping[str, Any]]) -> Table | None:
+    """The columns that the run wrote and that say something."""
     first = [name for name in ("arm", "layer", "site") if any(name in row for row in rows)]
     columns = [*first, *dict.fromkeys(key for row in rows for key in row if key not in first)]
-    shown = [c for c in columns if any(_left_out_cell(row, c) != MISSING for row in rows)]
-    shown = [c for c in shown if not c.endswith("_ci")][:MAX_COLUMNS]
-    caption = (
-        "Leave-site-out: each site is predicted by a model and probes that saw no one of it. Brackets: 95 % interval."
-    )
+    shown = [c for c in columns if any(_left_out_cell(row, c) != MISSING for row in rows)][:MAX_COLUMNS]
     cells = [[_left_out_cell(row, column) for column in shown] for row in rows]
     titles = [METRICS.get(c) or _NAMES.get(c) or clean(c, 30).replace("_", " ") for c in shown]
     return table_of(caption, titles, cells, words=len(first))

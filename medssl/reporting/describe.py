@@ -141,12 +141,12 @@ def _plain(value: Any) -> Any:
 # Columns of eval/cells.csv in the order in which they are shown: title and form. Texts come first.
 _CELL: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
     "arm": ("arm", clean),
+    "fold": ("fold", clean),
     "status": ("status", clean),
     "collapse": ("collapse", clean),
     "n_labelled": ("train labels", _whole),
     "n_validation": ("validation labels", _whole),
     "draw": ("draw", _whole),
-    "fold": ("fold", _whole),
     "seed": ("seed", _whole),
     "best_step": ("best step", _whole),
     "best_score": ("best validation score", number),

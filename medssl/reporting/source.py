@@ -236,8 +236,7 @@ def _read_labelled(
         frame[name] = frame[name].str.replace(r"^(-?\d+)\.0$", r"\1", regex=True)
     for name in numbers:
         frame[name] = pd.to_numeric(frame[name], errors="coerce").replace([np.inf, -np.inf], np.nan)
-    for name in ("seed", "fold"):
-        frame[name] = pd.to_numeric(frame[name], errors="coerce").fillna(0) if name in frame else 0
+    frame["seed"] = pd.to_numeric(frame["seed"], errors="coerce").fillna(0) if "seed" in frame else 0
     return frame
 
 

@@ -83,7 +83,7 @@ def age_site_run(
     columns = ["arm", "layer", "kind", "subject", "x", "y", "age", "site", "set"]
     pd.concat(maps)[columns].to_csv(folder / "eval/embedding_maps.csv", index=False)
     cells = [
-        {"arm": a, "fold": f, "seed": 0, "steps": 300, "seconds": 4.2, "final_loss": 1.25, "collapse": ""}
+        {"arm": a, "fold": f"fold{f}", "seed": 0, "steps": 300, "seconds": 4.2, "final_loss": 1.25, "collapse": ""}
         for a in arms for f in range(2)
     ]  # fmt: skip
     pd.DataFrame(cells).to_csv(folder / "eval/cells.csv", index=False)
@@ -112,7 +112,7 @@ def _predict(rng, table, seed, error, found, sites):
     pull = 0.85 * (table["age"] - 40) + 40
     predicted = pull + error * (0.8 * person + 0.6 * rng.normal(0, 1, n)) * np.where(seen, 1, 1.3)
     return table.assign(
-        seed=seed, fold=rng.integers(0, 5, n), age_pred=predicted.round(3),
+        seed=seed, fold=rng.choice(["fold0", "fold1"], n), age_pred=predicted.round(3),
         site_pred=np.where(seen, site, None), site_pred_age_only=np.where(seen, guess, None),
     )  # fmt: skip
 
@@ -126,11 +126,13 @@ def _paired(table, baseline, metrics):
 
 
 def _left_out(rng, arms, sites, layers):
-    return [
-        {"arm": arm, "layer": layers[0], "site": str(i + 1), "n_people": 40 - i % 20, "mae": 5 + rng.random(),
-         "mae_ci": [4.5, 6.5], "r": 0.8}
-        for arm in arms[:2] for i in range(sites)
-    ]  # fmt: skip
+    rows = []
+    for arm in arms[:2]:
+        name, mae = {"arm": arm, "layer": layers[0]}, 5 + rng.random()
+        all_sites = {"site": "all", "mae_external": mae, "mae_external_ci": [mae - 0.5, mae + 0.5], "r_external": 0.8}
+        rows.append(name | all_sites | {"n_people": 90})
+        rows += [name | {"site": str(i + 1), "n_people": 30, "mae_external": mae + rng.normal()} for i in range(sites)]
+    return rows
 
 
 def _map(rng, table, kind, found, sites):

@@ -43,6 +43,7 @@ def test_report_is_one_harmless_file_with_every_section(built):
         "maps",
         "confusion",
         "left-out",
+        "each-site",
         "data",
         "evaluation",
         "cells",
@@ -135,13 +136,15 @@ def test_missing_and_broken_files_are_named_and_the_rest_is_shown(tmp_path):
 
 def test_one_arm_with_one_seed_and_no_unseen_sites_says_what_is_not_known(tmp_path):
     folder = tmp_path / "run"
-    age_site_run(folder, people=40, seeds=1, arms=("l_exp",), layers=("z",))
+    summary = age_site_run(folder, people=40, seeds=1, arms=("l_exp",), layers=("z",)) | {"leave_site_out": None}
+    (folder / "eval/age_site.json").write_text(json.dumps(summary))
     assert run_kind(folder) == "age_site"
     build_report(folder)
     words = words_of(folder)[1]
     assert "l_exp (z) predicts age at seen sites with MAE" in words
     assert "rest on one seed" in words
     assert "No paired comparison is available." in words
+    assert "No leave-site-out evaluation." in words
     assert "Only 40 people" in words
     for absent in ("unseen sites", "±  –", "nan", "of the 0 other", "score ="):
         assert absent not in words
