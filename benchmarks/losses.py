@@ -116,6 +116,7 @@ def peak_mib(loss: Callable[[], Tensor]) -> float:
 
     def child() -> None:
         unit = 2**10 if sys.platform == "linux" else 1
+        torch.ones(2, requires_grad=True).sum().backward()  # what the first backward of a process costs anyway
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         loss().backward()
         grown.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit / 2**20)
@@ -126,10 +127,8 @@ def peak_mib(loss: Callable[[], Tensor]) -> float:
     return float(grown.get())
 
 
-def measure(n: int, rounds: int, only: str | None) -> None:
-    table = contenders(n)
-    names = [name for name in table if only is None or only in name or "reference" in name]
-    peaks = {name: peak_mib(table[name]) for name in names}  # before this process has a backward of its own
+def measure(table: dict[str, Callable[[], Tensor]], peaks: dict[str, float], n: int, rounds: int) -> None:
+    names = list(table)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds + 1):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
@@ -152,8 +151,13 @@ def main() -> None:
     parser.add_argument("--only", help="contenders whose name contains this, and the reference")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    tables = {}
     for n in options.sizes:
-        measure(n, options.rounds, options.only)
+        chosen = {k: v for k, v in contenders(n).items() if options.only is None or options.only in k or "refer" in k}
+        # All peaks come first: memory that a timed round had freed would be used again without growth.
+        tables[n] = chosen, {name: peak_mib(loss) for name, loss in chosen.items()}
+    for n, (table, peaks) in tables.items():
+        measure(table, peaks, n, options.rounds)
 
 
 if __name__ == "__main__":
