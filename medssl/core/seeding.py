@@ -20,6 +20,7 @@ MIXUP: Final = 7
 BOOTSTRAP: Final = 8
 COHORT: Final = 9
 MASK: Final = 10
+LATENT: Final = 11
 
 
 def numpy_rng(*keys: int) -> np.random.Generator:

@@ -16,6 +16,7 @@ from medssl.methods.simclr import SimCLR, SimCLRConfig
 from medssl.methods.sup_info_nce import SupInfoNCE, SupInfoNCEConfig
 from medssl.methods.supcon import SupCon, SupConConfig
 from medssl.methods.supervised import Supervised, SupervisedConfig
+from medssl.methods.vae import VAE, VAEConfig
 from medssl.methods.y_aware import YAware, YAwareConfig
 
 METHODS: Final[Mapping[str, MethodEntry]] = MappingProxyType(
@@ -73,6 +74,12 @@ METHODS: Final[Mapping[str, MethodEntry]] = MappingProxyType(
             Supervised,
             "age or another label by L1, squared error or cross-entropy: the baseline",
             "Barbano et al. 2023 (arXiv:2211.08326), Table 1",
+        ),
+        "vae": MethodEntry(
+            VAEConfig,
+            VAE,
+            "variational autoencoder; its code can serve as the prior of decoupled_uniformity",
+            "Kingma & Welling 2014 (arXiv:1312.6114)",
         ),
     }
 )

@@ -62,17 +62,50 @@ class ProjectionHead(nn.Module):
         return z
 
 
-def build_head(architecture: Mapping[str, Any]) -> ProjectionHead:
+class LinearHead(nn.Module):
+    """Encoder output h (N, F) to z (N, D) by one linear map: the mean of a variational autoencoder's posterior.
+
+    Args:
+        in_features: F.
+        out_features: D.
+
+    Attributes:
+        architecture: What ``build_head`` needs to build it again.
+    """
+
+    kind: Final = "linear"
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.architecture: dict[str, Any] = {
+            "kind": self.kind,
+            "in_features": in_features,
+            "out_features": out_features,
+        }
+        self.linear = nn.Linear(in_features, out_features)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(N, in_features) to (N, out_features), raw."""
+        z: Tensor = self.linear(h)
+        return z
+
+
+HEADS: Final = {head.kind: head for head in (ProjectionHead, LinearHead)}
+
+
+def build_head(architecture: Mapping[str, Any]) -> ProjectionHead | LinearHead:
     """The head that ``architecture`` describes, with fresh weights.
 
     Raises:
         ConfigError: A description that this version does not know.
     """
     settings = {name: value for name, value in architecture.items() if name != "kind"}
-    if architecture.get("kind") != ProjectionHead.kind or settings.get("norm") not in ("none", "batch"):
+    kind = HEADS.get(architecture.get("kind", ""))
+    if kind is None or settings.get("norm", "none") not in ("none", "batch"):
         raise ConfigError("a projection head of an unknown kind", found=str(dict(architecture))[:200])
     try:
-        return ProjectionHead(**settings)
+        return kind(**settings)
     except TypeError as error:
         raise ConfigError("the description of a projection head is incomplete", found=str(error)) from error
 

@@ -77,6 +77,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"loss": "cross_entropy", "target": "diagnosis", "n_classes": 3, **HEAD},
         {"loss": "mse", "debias": {"name": "fair_kl", "on": "z", "weight": 0.1}, **HEAD},
     ],
+    "vae": [
+        {"latent_dim": 6, "decoder_channels": 8},
+        {"latent_dim": 4, "beta": 4.0, "debias": {"name": "end", "on": "z", "target": {"column": "diagnosis"}}},
+    ],
     "segmentation": [
         {"n_classes": N_CLASSES},
         {"n_classes": N_CLASSES, "mixup": {}, "dice_over": "item", "include_background": False},
