@@ -2,7 +2,7 @@
 
 from medssl.models.decoders import Decoder, SegmentationNet, build_decoder
 from medssl.models.encoders import ENCODERS, EncoderEntry, build_encoder
-from medssl.models.heads import ProjectionHead, build_head
+from medssl.models.heads import LinearHead, ProjectionHead, build_head
 from medssl.models.initialise import seeded_init
 from medssl.models.norm import SyncBatchNorm, make_norm
 from medssl.models.weights import (
@@ -18,6 +18,7 @@ __all__ = [
     "ENCODERS",
     "Decoder",
     "EncoderEntry",
+    "LinearHead",
     "LoadReport",
     "ProjectionHead",
     "SegmentationNet",

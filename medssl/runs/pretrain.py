@@ -20,7 +20,15 @@ from medssl.data.manifest import Manifest
 from medssl.data.splits import TEST_SPLITS, refuse_leak
 from medssl.methods import METHODS, Debiased, with_debias
 from medssl.methods.supervised import SupervisedConfig, n_classes_of
-from medssl.models import ProjectionHead, build_decoder, build_encoder, load_weights, read_model, save_weights
+from medssl.models import (
+    LinearHead,
+    ProjectionHead,
+    build_decoder,
+    build_encoder,
+    load_weights,
+    read_model,
+    save_weights,
+)
 from medssl.reporting import build_report
 from medssl.runs.folder import open_run, record_run, run_folder, tracked
 from medssl.runs.grid import fingerprint
@@ -252,7 +260,7 @@ def finish(
         folder / "weights",
         method.encoder,
         decoder,
-        head=method.head if isinstance(method.head, ProjectionHead) else None,
+        head=method.head if isinstance(method.head, (ProjectionHead, LinearHead)) else None,
         info={
             "method": config.method.model_dump(mode="json"),
             "debias": None if config.debias is None else config.debias.model_dump(mode="json"),
