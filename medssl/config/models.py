@@ -155,7 +155,9 @@ def check_needs(config: PretrainConfig) -> None:
             f"method `{method}` compares the same place in two views: it needs views that change intensities only "
             "(views.preset: intensity)"
         )
-    if needs.decoder and config.model.decoder_blocks is None:
+    if needs.decoder and not ENCODERS[config.model.encoder.name].decoder:
+        problems.append(no_decoder(f"method `{method}`", config.model.encoder.name))
+    elif needs.decoder and config.model.decoder_blocks is None:
         problems.append(f"method `{method}` trains a decoder: set model.decoder_blocks")
     if not needs.decoder and config.model.decoder_blocks is not None:
         problems.append(f"method `{method}` trains no decoder: remove model.decoder_blocks")
@@ -164,6 +166,12 @@ def check_needs(config: PretrainConfig) -> None:
         problems.append(f"debias.on: method `{method}` has no {config.debias.on} ({has})")
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def no_decoder(by: str, encoder: str) -> str:
+    """What is wrong with an encoder that cannot carry the decoder which is asked for."""
+    known = " or ".join(name for name, entry in ENCODERS.items() if entry.decoder)
+    return f"{by} trains a decoder, which model.encoder `{encoder}` has no maps for: use {known}"
 
 
 class ArmConfig(StrictModel):
@@ -229,6 +237,10 @@ class FinetuneConfig(RunConfig):
         self._check_encoder()
         if self.evaluate_on in (self.data.splits or ()):
             raise ValueError(f"evaluate_on: `{self.evaluate_on}` is one of data.splits, which are trained on")
+        if self.spatial_dims not in self.task.needs().spatial_dims:
+            raise ValueError(f"items.geometry: task `{self.task.name}` is not defined for {self.items.geometry}")
+        if self.task.needs().decoder and not ENCODERS[self.model.encoder.name].decoder:
+            raise ValueError(no_decoder(f"task `{self.task.name}`", self.model.encoder.name))
         if resolve_views(self.views, self.spatial_dims).n_views != 1:
             raise ValueError("fine-tuning takes one view of each item: set views.n_views: 1")
         if self.training.devices * self.training.nodes != 1:
