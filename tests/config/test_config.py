@@ -269,3 +269,11 @@ def test_draws_may_differ_between_numbers_of_labels(load):
     config = load(FINETUNE, ["grid={n_labelled: [1, 8], draws: {1: 5, 8: 3}}"], model=FinetuneConfig)
     assert [config.grid.n_draws(n) for n in (1, 8)] == [5, 3]
     assert load(FINETUNE, ["grid={draws: 4}"], model=FinetuneConfig).grid.n_draws(2) == 4
+
+
+def test_an_encoder_without_maps_for_a_decoder_is_refused_where_one_is_trained(load):
+    with pytest.raises(ConfigError, match="method `lcl` trains a decoder, which model.encoder `resnet18_2d`"):
+        load(with_value(LCL, "model.encoder", {"name": "resnet18_2d"}))
+    with pytest.raises(ConfigError, match="task `segmentation` .* use unet2d or unet3d"):
+        load(with_value(FINETUNE, "model.encoder", {"name": "densenet121_3d"}), model=FinetuneConfig)
+    assert load(with_value(PRETRAIN, "model.encoder", {"name": "resnet18_2d"})).model.encoder.stem_stride == 2

@@ -32,12 +32,14 @@ class EncoderEntry:
         build: ``build(config, in_channels, *, spatial=None, seed=0)`` gives the module, on the CPU.
         summary: One line for lists.
         source: Publication.
+        decoder: Whether it has the maps that a U-Net's decoder needs.
     """
 
     config: type[StrictModel]
     build: Callable[..., nn.Module]
     summary: str
     source: str
+    decoder: bool = False
 
 
 _RESNET: Final = "He et al. 2016 (arXiv:1512.03385)"
@@ -51,12 +53,14 @@ ENCODERS: Final[Mapping[str, EncoderEntry]] = MappingProxyType(
             build_unet,
             "2D U-Net encoder; preset gcl is the network of the GCL and LCL paper",
             "Ronneberger et al. 2015 (arXiv:1505.04597)",
+            decoder=True,
         ),
         "unet3d": EncoderEntry(
             UNet3dConfig,
             build_unet,
             "3D U-Net encoder with strides per axis, for volumes and slabs",
             "Cicek et al. 2016 (arXiv:1606.06650)",
+            decoder=True,
         ),
         "resnet18_2d": EncoderEntry(ResNet18In2dConfig, build_resnet, "ResNet-18 for slices", _RESNET),
         "resnet18_3d": EncoderEntry(
