@@ -189,7 +189,8 @@ def _check_cells(cells: Mapping[str, list[str]], lines: np.ndarray, problems: li
             report(name, lambda v: not v, "this cell is required, but empty")
     for name in ("subject", "session"):
         report(name, lambda v: bool(v) and not _ID.fullmatch(v), _id_message)
-    _report_numbers("age", report, lambda x: 0 <= x <= MAX_AGE, f"an age of 0 to {MAX_AGE:g} years")
+    years = f"an age of 0 to {MAX_AGE:g} years (months are divided by 12)"
+    _report_numbers("age", report, lambda x: 0 <= x <= MAX_AGE, years)
     whole = "a whole number from 0 on (index into a 4D file)"
     _report_numbers("frame", report, lambda x: 0 <= x < 2**31 and x == int(x), whole)
     for name in ("image", "label"):
