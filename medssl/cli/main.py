@@ -282,6 +282,27 @@ def finetune(
 
 
 @app.command()
+def compare(
+    plan: Annotated[Path, typer.Option("--plan", help="The YAML file of the comparison.")],
+    overrides: Set = None,
+    resume: Resume = False,
+    allow_changed: AllowChanged = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Cells computed at the same time.")] = None,
+    precision: Precision = None,
+    accelerator: Accelerator = None,
+    as_json: Json = False,
+) -> None:
+    """Compare methods: train every arm on the same folds and seeds, evaluate all alike, report once."""
+    from medssl.config import CompareConfig, load_config
+    from medssl.runs.compare import compare as run
+
+    extra = _launch_overrides(precision=precision, accelerator=accelerator)
+    extra += [] if jobs is None else [f"jobs={jobs}"]
+    loaded = load_config(CompareConfig, plan, [*(overrides or []), *extra])
+    _show(run(loaded, resume=resume, allow_changed=allow_changed), as_json)
+
+
+@app.command()
 def embed(
     weights: Annotated[Path, typer.Argument(help="Run folder, or its weights folder.")],
     manifest: Annotated[Path, typer.Argument(help="manifest.csv: who is embedded.")],

@@ -1,0 +1,111 @@
+"""Compare ways to learn an embedding: every arm on the same folds and seeds, evaluated alike, in one report."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from medssl.config import dump_config
+from medssl.config.compare import CompareConfig
+from medssl.core.errors import ConfigError
+from medssl.reporting import build_report
+from medssl.runs.compare_cells import CompareCell, CompareRunner
+from medssl.runs.compare_folds import Fold, open_people, plan_folds, rows_of
+from medssl.runs.compare_summary import Compared, summarise_comparison
+from medssl.runs.folder import open_run, record_run, run_folder, tracked
+from medssl.runs.grid import check_keys, run_grid
+from medssl.runs.labels import check_labels, prior_table, training_items
+from medssl.runs.leaks import LeakCheck, check_weights
+from medssl.runs.pretrain import check_batch
+from medssl.runs.volumes import Cohort, weights_statistics
+from medssl.samplers import SAMPLERS
+from medssl.training.device import resolve_accelerator, resolve_precision
+
+log = logging.getLogger(__name__)
+
+
+def compare(config: CompareConfig, *, resume: bool = False, allow_changed: bool = False) -> Compared:
+    """Run every cell of a plan that is not finished, then aggregate and report.
+
+    A cell is small: nothing of its training is saved, and one that was interrupted is computed again as a whole.
+
+    Args:
+        config: The validated plan.
+        resume: Go on in an existing run folder; finished cells are not repeated, new arms or seeds are added.
+        allow_changed: Compute cells again that were begun, but not finished, with other settings.
+
+    Raises:
+        ConfigError, DataError: Before any training starts.
+        Interrupted: Asked to stop; resumable.
+    """
+    resolve_precision(config.training, resolve_accelerator(config.training))
+    cohort = open_people(config)
+    folds, notes = plan_folds(config, cohort)
+    by_name = {fold.name: fold for fold in folds}
+    checked = check_arms(config, cohort, folds)
+    cells = plan_cells(config, by_name)
+    keep = frozenset(CompareCell(arm.name, folds[0].name, config.protocol.seeds[0]) for arm in config.arms)
+    runner = CompareRunner(config, cohort, by_name, keep)
+    keys = {cell: runner.key(cell) for cell in cells}
+    text = dump_config(config)
+    run_folder(config.runs, config.name)
+    folder = open_run(config.runs, config.name, kind="compare", config_text=text, manifest=cohort.chosen, resume=resume)
+    check_keys(folder / "cells", keys, allow_changed=allow_changed)
+    with tracked(folder, "compare") as info:
+        record_run(folder, config_text=text, manifest=cohort.chosen)
+        results = run_grid(cells, runner, folder / "cells", keys=keys, jobs=config.jobs)
+        checked = LeakCheck(checked.n_groups, (*notes, *checked.notes))
+        done = summarise_comparison(config, cohort, by_name, results, folder, checked)
+        info["cells"] = len(results)
+    done.report = build_report(folder)  # after the status says done
+    return done
+
+
+def plan_cells(config: CompareConfig, folds: Mapping[str, Fold]) -> list[CompareCell]:
+    """All cells; arms side by side, so that a stopped run can already be compared, and left-out sites last."""
+    protocol = config.protocol
+    cells = [
+        CompareCell(arm.name, fold.name, seed)
+        for left_out in (False, True)
+        for seed in (protocol.seeds[:1] if left_out else protocol.seeds)
+        for fold in folds.values()
+        if (fold.site is not None) == left_out
+        for arm in config.arms
+    ]
+    names = [cell.name for cell in cells]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError("two cells would share a folder", found=twice, fix="rename the arm or the site")
+    return cells
+
+
+def check_arms(config: CompareConfig, cohort: Cohort, folds: list[Fold]) -> LeakCheck:
+    """Refuse arms that could not be trained or evaluated on these people, before the first one is.
+
+    Raises:
+        DataError: Labels that cannot be learnt from, covariates that are missing, weights that saw evaluated people.
+        ConfigError: A batch that the smallest fold cannot fill.
+    """
+    notes: list[str] = []
+    smallest = rows_of(cohort.chosen, min((fold.train for fold in folds), key=len))
+    for arm in config.arms:
+        if arm.method is None:
+            continue
+        pretraining = config.pretraining(arm, config.protocol.seeds[0])
+        for fold in folds:
+            notes += check_labels(pretraining, rows_of(cohort.chosen, fold.train))
+        if prior_table(pretraining) is not None:
+            notes.append(f"`{arm.name}`: nothing says whether the prior's own training saw evaluated people.")
+        table, _ = training_items(pretraining, cohort, smallest, statistics=weights_statistics(arm.weights))
+        settings = pretraining.sampler.model_dump(exclude={"name"})
+        check_batch(pretraining, SAMPLERS[pretraining.sampler.name](table, seed=config.seed, **settings).batch_size)
+    evaluated = {volume for fold in folds for volume in (*fold.internal, *fold.external)}
+    weights = {arm.name: arm.weights for arm in config.arms if arm.weights is not None}
+    found = check_weights(
+        weights,
+        cohort,
+        rows_of(cohort.chosen, sorted(evaluated)),
+        role="evaluation",
+        transductive=config.data.transductive,
+    )
+    return LeakCheck(found.n_groups, (*dict.fromkeys(notes), *found.notes))
