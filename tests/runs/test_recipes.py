@@ -1,4 +1,4 @@
-"""Every recipe of configs/, shortened, on small cohorts laid out as the real ones."""
+"""Every recipe for cohorts with label maps, shortened, on small cohorts laid out as the real ones."""
 
 import re
 import shlex
@@ -30,7 +30,8 @@ from medssl.training import BatchSource
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 PUBLISHED = ("acdc", "prostate", "mmwhs")
-RECIPES = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
+SEGMENTED = (*PUBLISHED, "hippocampus")
+RECIPES = sorted(f"{name}/{path.stem}" for name in SEGMENTED for path in (CONFIGS / name).glob("*.yaml"))
 SHORT = ("training.steps=2", "training.accelerator=cpu", "training.workers=0", "data.jobs=1")
 IN_PLANE = "data.prepare.size=[64, 64, null]"
 NARROW = "model.encoder={name: unet2d, widths: [4, 4, 8, 8, 8], norm: batch, strides: [[2,2],[2,2],[2,2],[2,2]]}"
