@@ -370,6 +370,143 @@ def evaluate_seg(
     _show(evaluate_segmentation(predictions, manifest, out=out, split=splits, mapping=_mapping(mapping)), as_json)
 
 
+Source = Annotated[Path, typer.Argument(help="A table of embeddings or features, or a run folder (with --manifest).")]
+ManifestOfRun = Annotated[Path | None, typer.Option("--manifest", help="Of a run: who is embedded.")]
+Layers = Annotated[
+    list[str] | None, typer.Option("--layer", help="Of a run: z, h, block0, ...; repeatable; default: z and h.")
+]
+Normalise = Annotated[
+    bool | None, typer.Option("--normalise/--no-normalise", help="Scale rows to length 1; default: projections (z).")
+]
+Folds = Annotated[int | None, typer.Option(min=2, help="Folds by person of all rows; default: the table's splits.")]
+Columns = Annotated[str | None, typer.Option(help="Features of a table, e.g. 'lh_*;rh_*'; default: all numbers.")]
+
+
+@evaluate.command("age-site")
+def evaluate_age_site(
+    source: Source,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results and the report.")],
+    manifest: ManifestOfRun = None,
+    layers: Layers = None,
+    normalise: Normalise = None,
+    folds: Folds = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions of the folds.")] = 1,
+    leave_site_out: Annotated[
+        bool, typer.Option("--leave-site-out", help="Also predict the age of each site from all others.")
+    ] = False,
+    combat: Annotated[bool, typer.Option("--combat", help="Also evaluate after ComBat.")] = False,
+    combat_covariates: Annotated[
+        list[str] | None, typer.Option(help="Column that ComBat keeps, e.g. sex; repeatable.")
+    ] = None,
+    solver: Annotated[str, typer.Option(help="Site probe: saga (the challenge's) or lbfgs (faster).")] = "saga",
+    columns: Columns = None,
+    mapping: Map = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an evaluation that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Brain age and what remains of the site: the OpenBHB probes, intervals over people, the age-only floor."""
+    from medssl.runs.evaluate_embeddings import evaluate_age_site as run
+
+    if solver not in ("saga", "lbfgs"):
+        raise typer.BadParameter(f"--solver is saga or lbfgs, not `{solver}`")
+    result = run(
+        source,
+        out,
+        manifest=manifest,
+        layers=tuple(layers or ()),
+        normalise=normalise,
+        folds=folds,
+        seeds=seeds,
+        leave_site_out=leave_site_out,
+        combat=combat,
+        combat_covariates=tuple(combat_covariates or ()),
+        solver=solver,  # type: ignore[arg-type]  # checked above
+        columns=_globs(columns),
+        mapping=_mapping(mapping),
+        force=force,
+    )
+    _show(result, as_json)
+
+
+@evaluate.command("knn")
+def evaluate_knn(
+    source: Source,
+    target: Annotated[str, typer.Option(help="Column to predict, e.g. diagnosis, sex, site, age.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for eval/probes.json.")] = None,
+    task: Annotated[str | None, typer.Option(help="regression or classification; default: from the column.")] = None,
+    manifest: ManifestOfRun = None,
+    layers: Layers = None,
+    normalise: Normalise = None,
+    folds: Folds = None,
+    second: Annotated[Path | None, typer.Option(help="Table of another view of the same rows: alignment.")] = None,
+    columns: Columns = None,
+    mapping: Map = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace results that are there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Predict a label from the nearest people: balanced accuracy and AUC, or MAE, with intervals over people."""
+    given = {"out": out, "manifest": manifest, "layers": layers, "normalise": normalise, "folds": folds}
+    _probes(source, target, ("knn",), task, columns, mapping, as_json, second=second, force=force, **given)
+
+
+@evaluate.command("probe")
+def evaluate_probe(
+    source: Source,
+    target: Annotated[str, typer.Option(help="Column to predict, e.g. diagnosis, sex, site, age.")],
+    kinds: Annotated[
+        list[str] | None, typer.Option("--kind", help="linear, mlp or knn; repeatable; default: linear and mlp.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for eval/probes.json.")] = None,
+    task: Annotated[str | None, typer.Option(help="regression or classification; default: from the column.")] = None,
+    manifest: ManifestOfRun = None,
+    layers: Layers = None,
+    normalise: Normalise = None,
+    folds: Folds = None,
+    second: Annotated[Path | None, typer.Option(help="Table of another view of the same rows: alignment.")] = None,
+    columns: Columns = None,
+    mapping: Map = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace results that are there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Predict a label with a linear probe or a small network on frozen features, at any layer."""
+    given = {"out": out, "manifest": manifest, "layers": layers, "normalise": normalise, "folds": folds}
+    chosen = tuple(kinds or ("linear", "mlp"))
+    _probes(source, target, chosen, task, columns, mapping, as_json, second=second, force=force, **given)
+
+
+def _probes(
+    source: Path,
+    target: str,
+    kinds: tuple[str, ...],
+    task: str | None,
+    columns: str | None,
+    mapping: list[str] | None,
+    as_json: bool,
+    *,
+    layers: list[str] | None,
+    **options: Any,
+) -> None:
+    from medssl.runs.evaluate_embeddings import evaluate_probe as run
+
+    if task not in (None, "regression", "classification"):
+        raise typer.BadParameter(f"--task is regression or classification, not `{task}`")
+    result = run(
+        source,
+        target=target,
+        kinds=kinds,
+        task=task,  # type: ignore[arg-type]  # checked above
+        layers=tuple(layers or ()),
+        columns=_globs(columns),
+        mapping=_mapping(mapping),
+        **options,
+    )
+    _show(result, as_json)
+
+
+def _globs(columns: str | None) -> tuple[str, ...] | None:
+    return None if columns is None else tuple(one.strip() for one in columns.split(";") if one.strip())
+
+
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],

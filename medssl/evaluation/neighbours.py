@@ -66,19 +66,21 @@ class ProbeScore:
     Attributes:
         probe: knn, linear or mlp.
         task: regression (metrics mae, r, r2) or classification (bacc, auc).
-        setting: What the folds chose: the number of neighbours, or the penalty (ridge alpha, C, the network's alpha).
+        settings: What the folds chose, of each fit: the number of neighbours, or the penalty (ridge alpha, C, the
+            network's alpha).
         metrics: By name; None where undefined (r of constant predictions, AUC with one class).
         intervals: By name; None where undefined.
         chance: Of the balanced accuracy: 1 / number of classes evaluated; None for regression.
-        n_train, n_test: People.
-        converged: False when the last fit stopped at its cap of iterations.
+        n_train, n_test: People; of `folded` the fewest that one fit saw, and everyone.
+        converged: False when a last fit stopped at its cap of iterations.
         predictions: (n,) of the evaluated rows.
+        probabilities: (n, K) of the evaluated rows, columns as ``classes``; None for regression.
         classes: Sites, diagnoses, ...; empty for regression. AUC of more than two is the mean of each against the rest.
     """
 
     probe: str
     task: Task
-    setting: float
+    settings: tuple[float, ...]
     metrics: dict[str, float | None]
     intervals: dict[str, tuple[float, float] | None]
     chance: float | None
@@ -86,12 +88,13 @@ class ProbeScore:
     n_test: int
     converged: bool
     predictions: npt.NDArray[Any]
+    probabilities: Floats | None
     classes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the predictions."""
         fields = asdict(self)
-        del fields["predictions"]
+        del fields["predictions"], fields["probabilities"]
         return fields
 
 
@@ -143,6 +146,49 @@ def mlp_probe(train: Labelled, test: Labelled, *, task: Task, n_bootstrap: int =
         return kind(hidden_layer_sizes=(MLP_UNITS,), alpha=penalty, max_iter=200, random_state=seed)
 
     return _probe("mlp", train, test, task, MLP_PENALTIES, make, n_bootstrap, seed)
+
+
+def folded(
+    probe: Callable[..., ProbeScore],
+    rows: Labelled,
+    *,
+    task: Task,
+    n_folds: int = 5,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+) -> ProbeScore:
+    """A probe of everyone by folds of people, scored on the pooled predictions.
+
+    Args:
+        probe: `knn_probe`, `linear_probe` or `mlp_probe`.
+        rows: Everyone.
+        task: What ``y`` is.
+        n_folds: At least 2; classes are spread evenly over folds.
+        n_bootstrap: Resamples of people, at least 100.
+        seed: Of folds and resamples.
+
+    Raises:
+        InputError: As the probe; a class that one fold holds alone cannot be learnt in that fold.
+    """
+    X, y, subject = _checked(rows, task)
+    folds = person_folds(subject, y if task == "classification" else None, n_folds=n_folds, seed=seed)
+    classes = tuple(sorted(set(y.tolist()))) if task == "classification" else ()
+    predictions = np.empty(len(y), dtype=y.dtype)
+    probabilities = np.zeros((len(y), len(classes))) if classes else None
+    scores = []
+    for fold in range(folds.max() + 1):
+        held = folds == fold
+        train, test = (Labelled(X[which], y[which], subject[which]) for which in (~held, held))
+        scores.append(probe(train, test, task=task, n_bootstrap=100, seed=seed))
+        predictions[held] = scores[-1].predictions
+        if probabilities is not None and scores[-1].probabilities is not None:
+            columns = [classes.index(one) for one in scores[-1].classes]
+            probabilities[np.ix_(held, columns)] = scores[-1].probabilities
+    return _scored(
+        scores[0].probe, task, y, subject, predictions, probabilities, classes, n_bootstrap, seed,
+        settings=tuple(one.settings[0] for one in scores), n_train=min(one.n_train for one in scores),
+        converged=all(one.converged for one in scores),
+    )  # fmt: skip
 
 
 def alignment_uniformity(views: npt.ArrayLike) -> tuple[float | None, float]:
@@ -211,6 +257,27 @@ def _probe(
     classes = tuple(str(one) for one in model.classes_) if task == "classification" else ()
     predictions = undo(model.predict(scaler.transform(new)))
     probabilities = model.predict_proba(scaler.transform(new)) if classes else None
+    return _scored(
+        name, task, truth, people, predictions, probabilities, classes, n_bootstrap, seed,
+        settings=(float(setting),), n_train=len(np.unique(subject)), converged=converged,
+    )  # fmt: skip
+
+
+def _scored(
+    name: str,
+    task: Task,
+    truth: npt.NDArray[Any],
+    people: Texts,
+    predictions: npt.NDArray[Any],
+    probabilities: Floats | None,
+    classes: tuple[str, ...],
+    n_bootstrap: int,
+    seed: int,
+    *,
+    settings: tuple[float, ...],
+    n_train: int,
+    converged: bool,
+) -> ProbeScore:
     who, person = np.unique(people, return_inverse=True)
     counts = seeding.numpy_rng(seed, seeding.BOOTSTRAP).multinomial(
         len(who), np.full(len(who), 1 / len(who)), size=n_bootstrap
@@ -224,14 +291,15 @@ def _probe(
     return ProbeScore(
         probe=name,
         task=task,
-        setting=float(setting),
+        settings=settings,
         metrics={key: None if np.isnan(one[0]) else float(one[0]) for key, one in measured.items()},
         intervals={key: _interval(one) for key, one in measured.items()},
         chance=1 / len(set(truth.tolist())) if task == "classification" else None,
-        n_train=len(np.unique(subject)),
+        n_train=n_train,
         n_test=len(who),
         converged=converged,
         predictions=predictions,
+        probabilities=probabilities,
         classes=classes,
     )
 

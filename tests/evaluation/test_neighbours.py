@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsRegressor
 from sklearn.preprocessing import StandardScaler
 
 from medssl.core.errors import InputError, ShapeError
-from medssl.evaluation.neighbours import Labelled, alignment_uniformity, auc, knn_probe, linear_probe, mlp_probe
+from medssl.evaluation.neighbours import Labelled, alignment_uniformity, auc, folded, knn_probe, linear_probe, mlp_probe
 
 PROBES = {"knn": knn_probe, "linear": linear_probe, "mlp": mlp_probe}
 
@@ -52,7 +52,7 @@ def test_every_probe_finds_what_is_there(name, task):
         low, high = score.intervals[key]
         assert low <= value <= high
         assert low < high
-    assert score.to_json()["setting"] == score.setting
+    assert score.to_json()["settings"] == score.settings
 
 
 def test_settings_are_chosen_and_models_are_scikit_learns():
@@ -61,16 +61,16 @@ def test_settings_are_chosen_and_models_are_scikit_learns():
     score = knn_probe(train, test, task="regression", n_neighbours=(4,), n_bootstrap=100)
     wanted = KNeighborsRegressor(4).fit(scaler.transform(train.X), train.y).predict(scaler.transform(test.X))
     np.testing.assert_allclose(score.predictions, wanted)
-    assert knn_probe(train, test, task="regression", n_bootstrap=100).setting in (3, 5, 10)
+    assert knn_probe(train, test, task="regression", n_bootstrap=100).settings[0] in (3, 5, 10)
     few = Labelled(train.X[:4], train.y[:4], train.subject[:4])
-    assert knn_probe(few, test, task="regression", n_bootstrap=100).setting in (1, 3)
+    assert knn_probe(few, test, task="regression", n_bootstrap=100).settings[0] in (1, 3)
 
 
 def test_several_classes_are_scored_against_the_rest():
     train, test = pair("classification", ("a", "b", "c"), n=150)
     score = linear_probe(train, test, task="classification", n_bootstrap=100)
     scaler = StandardScaler().fit(train.X)
-    model = LogisticRegression(C=score.setting, max_iter=1000).fit(scaler.transform(train.X), train.y)
+    model = LogisticRegression(C=score.settings[0], max_iter=1000).fit(scaler.transform(train.X), train.y)
     wanted = roc_auc_score(test.y, model.predict_proba(scaler.transform(test.X)), multi_class="ovr")
     assert score.metrics["auc"] == pytest.approx(wanted)
     assert score.chance == pytest.approx(1 / 3)
@@ -133,3 +133,19 @@ def test_alignment_and_uniformity_are_the_losses_on_unit_rows():
     assert alignment_uniformity(np.ones((3, 2, 4))) == pytest.approx((0, 0))
     with pytest.raises(ShapeError, match="two people"):
         alignment_uniformity(torch.randn(1, 2, 3).numpy())
+
+
+@pytest.mark.parametrize("task", ["regression", "classification"])
+def test_folds_predict_everyone_once_from_others(task):
+    everyone, _ = pair(task, ("a", "b", "c"))
+    score = folded(linear_probe, everyone, task=task, n_bootstrap=200)
+    assert (score.n_test, score.n_train, len(score.settings)) == (80, 64, 5)
+    eighths = folded(linear_probe, everyone, task=task, n_bootstrap=100, n_folds=8)
+    assert eighths.n_train == 70
+    if task == "regression":
+        assert score.metrics["r2"] == pytest.approx(r2_score(everyone.y, score.predictions))
+        assert score.metrics["r2"] > 0.7
+    else:
+        assert score.metrics["bacc"] == pytest.approx(balanced_accuracy_score(everyone.y, score.predictions))
+        wanted = roc_auc_score(everyone.y, score.probabilities, multi_class="ovr")
+        assert score.metrics["auc"] == pytest.approx(wanted)
