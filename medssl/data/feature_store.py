@@ -15,7 +15,7 @@ from torch import Tensor
 
 from medssl.core.errors import DataError
 from medssl.core.types import ItemTable
-from medssl.data.features import FeaturesConfig, FeatureStatistics, FeatureTable, Floats, is_feature_file, read_features
+from medssl.data.features import SUFFIXES, FeaturesConfig, FeatureStatistics, FeatureTable, Floats, read_features
 from medssl.data.items import ItemReader, ItemsConfig
 from medssl.data.manifest import Manifest
 
@@ -136,7 +136,7 @@ def _by_file(manifest: Manifest) -> dict[tuple[Path, bool], list[tuple[int, int 
         where = f"{manifest.path}, line {manifest.line(volume)}"
         if len(paths) > 1:
             raise DataError("a row of features comes from one table", where=where, found=f"{len(paths)} files")
-        if paths[0].exists() and not is_feature_file(paths[0]):
+        if paths[0].suffix.lower() not in SUFFIXES:
             raise DataError(
                 "not a table of features",
                 where=where,
