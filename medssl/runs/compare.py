@@ -14,7 +14,7 @@ from medssl.runs.compare_folds import Fold, open_people, plan_folds, rows_of
 from medssl.runs.compare_summary import Compared, summarise_comparison
 from medssl.runs.folder import open_run, record_run, run_folder, tracked
 from medssl.runs.grid import check_keys, run_grid
-from medssl.runs.labels import check_labels, prior_table, training_items
+from medssl.runs.labels import check_labels, training_items
 from medssl.runs.leaks import LeakCheck, check_weights
 from medssl.runs.pretrain import check_batch
 from medssl.runs.volumes import Cohort, weights_statistics
@@ -93,9 +93,8 @@ def check_arms(config: CompareConfig, cohort: Cohort, folds: list[Fold]) -> Leak
             continue
         pretraining = config.pretraining(arm, config.protocol.seeds[0])
         for fold in folds:
-            notes += check_labels(pretraining, rows_of(cohort.chosen, fold.train))
-        if prior_table(pretraining) is not None:
-            notes.append(f"`{arm.name}`: nothing says whether the prior's own training saw evaluated people.")
+            tested = rows_of(cohort.chosen, (*fold.internal, *fold.external))
+            notes += check_labels(pretraining, rows_of(cohort.chosen, fold.train), tested)
         table, _ = training_items(pretraining, cohort, smallest, statistics=weights_statistics(arm.weights))
         settings = pretraining.sampler.model_dump(exclude={"name"})
         check_batch(pretraining, SAMPLERS[pretraining.sampler.name](table, seed=config.seed, **settings).batch_size)
