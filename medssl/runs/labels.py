@@ -22,6 +22,8 @@ from medssl.data.weak_labels import LabelUse, check_weak_labels, shortened
 from medssl.methods.decoupled_uniformity import PRIOR, DecoupledUniformityConfig
 from medssl.runs.volumes import Cohort, open_items
 
+SEEN: Final = "pretrained_on"
+"""Column of an embedding table: whether the network was trained on the row."""
 _PLURAL: Final = {"case": "visits", "subject": "people"}
 
 
@@ -31,23 +33,26 @@ def label_uses(config: PretrainConfig) -> tuple[LabelUse, ...]:
     return tuple(use for section in sections for use in section.label_uses())
 
 
-def check_labels(config: PretrainConfig, rows: Manifest) -> list[str]:
+def check_labels(config: PretrainConfig, rows: Manifest, tested: Manifest) -> list[str]:
     """Refuse weak labels and priors that cannot be learnt from, before anything is prepared.
 
     Args:
         config: The run.
         rows: Those that are trained on.
+        tested: Rows of the test splits, which the network behind a prior must not have seen either.
 
     Returns:
         What is worth knowing, one line each.
 
     Raises:
-        DataError: See `check_weak_labels` and `prior_of`.
+        DataError: See `check_weak_labels` and `prior_of`; a prior from a network that was trained on test people.
     """
     notes = check_weak_labels(rows, label_uses(config))
     path = prior_table(config)
     if path is not None:
         prior_of(rows, path)
+        if not config.data.transductive:
+            _refuse_seen(tested, path)
     return notes
 
 
@@ -113,7 +118,7 @@ def prior_of(rows: Manifest, path: Path) -> npt.NDArray[np.float32]:
             found=shortened(repeated),
             fix="keep one row for each person, or add a column `case` that names the visits as the manifest does",
         )
-    wanted = rows.table["case" if by == "case" else "subject"].astype(str)
+    wanted = rows.table[by].astype(str)
     place = pd.Series(np.arange(len(ids)), index=ids)
     found = place.reindex(wanted)
     missing = found.isna().to_numpy(dtype=bool)
@@ -142,6 +147,23 @@ def _ids(table: FeatureTable, path: Path) -> tuple[str, pd.Series]:
         found=f"columns without features: {shortened(list(table.keys.columns)) or 'none'}",
         fix="add a column `case` or `subject`, filled in every row, as `medssl embed` writes it",
     )
+
+
+def _refuse_seen(tested: Manifest, path: Path) -> None:
+    """Refuse a table that says of test people that its network was trained on them (`medssl embed` does say so)."""
+    table = read_features(path)
+    if SEEN not in table.keys:
+        return
+    by, ids = _ids(table, path)
+    seen = set(ids[table.keys[SEEN].astype(str).str.lower().isin(("true", "1", "1.0"))])
+    both = [name for name in tested.table[by].astype(str) if name in seen]
+    if both:
+        raise DataError(
+            f"the network behind the prior table was trained on {len(set(both))} of the test {_PLURAL[by]}",
+            where=str(path),
+            found=shortened(both),
+            fix="train that network without them, or set data.transductive: true, which every result then says",
+        )
 
 
 def _refuse_gaps(values: npt.NDArray[np.float32], names: Sequence[str], path: Path) -> None:

@@ -99,7 +99,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed: boo
     leader = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0")))) == 0
     folder = run_folder(config.runs, config.name)
     chosen, text = in_splits(manifest, config.data.splits), dump_config(config)
-    notes = check_labels(config, chosen)
+    notes = check_labels(config, chosen, _tested(manifest))
 
     def on_event(name: str, values: Mapping[str, Any]) -> None:
         del values
@@ -153,11 +153,10 @@ def check_leaks(config: PretrainConfig, manifest: Manifest) -> list[str]:
 
     Returns what ``transductive`` let pass.
     """
-    tested = manifest.table["split"].isin(TEST_SPLITS).to_numpy(dtype=bool)
-    if not tested.any():
+    test = _tested(manifest)
+    if len(test) == 0:
         return []
     chosen = in_splits(manifest, config.data.splits)
-    test = manifest.select(tested)
     hashes = row_hashes(config, manifest)
     sets = {"pretraining": chosen, "test": test}
     found = refuse_leak(sets, transductive=config.data.transductive, voxels=hashes)
@@ -168,6 +167,10 @@ def check_leaks(config: PretrainConfig, manifest: Manifest) -> list[str]:
         sets = {"the pretraining that this one begins from": earlier, "test": test}
         found += refuse_leak(sets, transductive=config.data.transductive)
     return [str(leak) for leak in found]
+
+
+def _tested(manifest: Manifest) -> Manifest:
+    return manifest.select(manifest.table["split"].isin(TEST_SPLITS).to_numpy(dtype=bool))
 
 
 def _refuse_seen(config: PretrainConfig, test: Manifest, hashes: Mapping[int, str]) -> None:
