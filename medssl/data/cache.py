@@ -16,6 +16,7 @@ import shutil
 import socket
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -95,15 +96,21 @@ def prepare(
     done, total = len(sources) - len(missing), len(sources)
     if progress is not None:
         progress(done, total)
-    failed = {}
+    failed: dict[str, str] = {}
+    said: Counter[str] = Counter()
     for key, problem, warnings in _build_all(list(missing.values()), config, folder, slice_axis, jobs):
         done += 1
         for warning in warnings:
-            logger.warning("%s: %s", missing[key]["case"], warning)
+            if not said[warning]:
+                logger.warning("%s: %s", missing[key]["case"], warning)
+            said[warning] += 1
         if problem is not None:
             failed[key] = problem
         if progress is not None:
             progress(done, total)
+    for warning, count in said.items():
+        if count > 1:
+            logger.warning("the same of %d more volumes: %s", count - 1, warning)
     problems |= {volume: failed[s["key"]] for volume, s in sources.items() if s["key"] in failed}
     if problems:
         _raise_all(problems, manifest, total=len(manifest.table))
