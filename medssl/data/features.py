@@ -163,6 +163,13 @@ def _read_text(path: Path, separator: str) -> pd.DataFrame:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             header = [cell.strip() for cell in next(csv.reader(file, delimiter=separator), [])]
+        if len(header) == 1 and any(mark in header[0] for mark in ";\t"):
+            raise DataError(
+                "columns are not separated by commas",
+                where=str(path),
+                found=header[0][:80],
+                fix="save the table with commas (and decimal points), or name it .tsv where tabs separate columns",
+            )
         named = [name for name in header if name]
         if len(set(named)) < len(named):
             raise DataError("two columns have the same name", where=str(path), found=_repeated(named))

@@ -157,7 +157,7 @@ def check_leaks(config: PretrainConfig, manifest: Manifest) -> list[str]:
     if len(test) == 0:
         return []
     chosen = in_splits(manifest, config.data.splits)
-    hashes = row_hashes(config, manifest)
+    hashes = row_hashes(config, manifest, config.weights)
     sets = {"pretraining": chosen, "test": test}
     found = refuse_leak(sets, transductive=config.data.transductive, voxels=hashes)
     if config.weights is not None:

@@ -292,11 +292,16 @@ def voxel_hashes(cohort: Cohort) -> Mapping[int, str]:
     return {volume: cohort.store.voxels(volume) for volume in cohort.store.volumes}
 
 
-def row_hashes(config: RunConfig, manifest: Manifest) -> Mapping[int, str]:
-    """Hash of the features of every row; empty for images, which would have to be read whole."""
+def row_hashes(config: RunConfig, manifest: Manifest, weights: Path | None = None) -> Mapping[int, str]:
+    """Hash of the features of every row; empty for images, which would have to be read whole.
+
+    ``weights`` that the run begins from say which features they are, so that their fingerprints can be compared.
+    """
     if config.spatial_dims != 0:
         return {}
-    store = open_features(manifest, config.data.features, check=False)
+    statistics = weights_statistics(weights)
+    names = None if statistics is None else statistics.names
+    store = open_features(manifest, config.data.features, names=names, check=False)
     return {volume: store.voxels(volume) for volume in store.volumes}
 
 

@@ -95,6 +95,7 @@ def test_globs_choose_features_in_the_order_of_the_file(tmp_path):
         ("t.csv", b"subject,a,a\nx,1,2\n", "same name"),
         ("t.csv", b"", "empty"),
         ("t.csv", b"subject,a\n", "no features"),
+        ("t.csv", b"subject;a\nx;1,5\n", "not separated by commas"),
         ("t.csv", b"subject,a\nx,\xff\xfe\n", "cannot be read"),
         ("t.csv", b"subject,name\nx,y\n", "no features"),
         ("t.parquet", b"PAR1 not really", "not a readable parquet"),

@@ -225,6 +225,7 @@ def test_weights_that_saw_a_test_row_elsewhere_are_refused(rows_run, tmp_path):
     shutil.copytree(run / "weights", alone)
     frame = pd.read_csv(table)
     frame["participant_id"] = [f"other{i}" for i in range(N)]
+    frame["more"] = np.arange(N)  # a column that the weights do not know changes nothing
     frame.to_csv(tmp_path / "table.csv", index=False)
     manifest = scan(tmp_path / "table.csv")
     with pytest.raises(DataError, match="were pretrained on"):
