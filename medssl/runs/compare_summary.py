@@ -11,13 +11,11 @@ from typing import Any, Final
 
 import numpy as np
 import pandas as pd
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
-from sklearn.preprocessing import StandardScaler
 
 from medssl.config.compare import INPUT, CompareArm, CompareConfig
 from medssl.core.files import write_json
 from medssl.evaluation.age_site import METRICS, compare_age_site, summarise_age_site
+from medssl.evaluation.maps import flat_maps
 from medssl.reporting.age_site_results import Result as Shown
 from medssl.reporting.age_site_results import before_after
 from medssl.reporting.tables import write_csv
@@ -35,8 +33,6 @@ COLUMNS: Final = (
     "arm", "layer", "seed", "fold", "set", "subject", "site", "age", "age_pred", "site_pred", "site_pred_age_only",
 )  # fmt: skip
 _TEXT: Final = ("subject", "site", "site_pred", "site_pred_age_only", "set", "layer")
-_FEWEST: Final = 5
-"""People below which a map shows nothing."""
 
 
 @dataclass
@@ -294,16 +290,10 @@ def _maps(
         people = _per_person(folder, cell)
         people = people[people["layer"] == shown.layer].reset_index(drop=True)
         with np.load(folder / "cells" / cell.name / EMBEDDINGS, allow_pickle=False) as arrays:
-            values = StandardScaler().fit_transform(arrays[shown.layer].astype(np.float64))
-        if len(people) < _FEWEST:
+            places = flat_maps(arrays[shown.layer], seed=config.seed)
+        if not places:
             log.info("no maps of embeddings: only %d people were evaluated in one cell", len(people))
             return None
-        perplexity = min(30.0, (len(people) - 1) / 3)
-        flat = values if values.shape[1] > 1 else np.hstack([values, np.zeros_like(values)])
-        places = {
-            "pca": PCA(2, svd_solver="full").fit_transform(flat),
-            "tsne": TSNE(2, perplexity=perplexity, init="pca", random_state=config.seed).fit_transform(flat),
-        }
         known = people[["arm", "layer", "subject", "age", "site", "set"]]
         tables += [known.assign(kind=kind, x=xy[:, 0], y=xy[:, 1]) for kind, xy in places.items()]
     columns = ["arm", "layer", "kind", "subject", "x", "y", "age", "site", "set"]

@@ -20,6 +20,7 @@ from medssl.data.features import ABOUT_SUFFIX, SUBJECT_NAMES, SUFFIXES, read_fea
 from medssl.data.splits import TEST_SPLITS
 from medssl.evaluation.age_site import METRICS, People, compare_age_site, predict_age_site, summarise_age_site
 from medssl.evaluation.combat import ComBat
+from medssl.evaluation.maps import flat_maps
 from medssl.evaluation.neighbours import (
     Labelled,
     ProbeScore,
@@ -30,7 +31,7 @@ from medssl.evaluation.neighbours import (
     linear_probe,
     mlp_probe,
 )
-from medssl.evaluation.probes import Floats, Solver, person_folds
+from medssl.evaluation.probes import Floats, SiteProbe, Solver, person_folds, site_probe
 from medssl.reporting import build_report
 from medssl.reporting.tables import write_csv
 from medssl.runs.cohort import Outcome
@@ -104,7 +105,7 @@ def evaluate_age_site(
 
     Args:
         source: A table of embeddings or of features, or a run folder (or weights) together with ``manifest``.
-        out: Folder for ``eval/age_site.json``, ``eval/per_person.csv`` and ``report.html``.
+        out: Folder for ``eval/age_site.json``, ``eval/per_person.csv``, ``eval/embedding_maps.csv``, ``report.html``.
         manifest: Who is embedded, where ``source`` is a run.
         layers: Of a run: z, h, block0, ...; empty: z (where there is a projection) and h.
         normalise: Scale rows to length 1; None: projections (z) only.
@@ -129,6 +130,7 @@ def evaluate_age_site(
     read = _layers(source, out, manifest, layers, normalise, columns, mapping, force)
     notes = [f"Site probe solved by {solver}."] if solver != "saga" else []
     tables, left_out = [], []
+    floors: dict[tuple[int, str], SiteProbe] = {}
     for layer in read:
         _require(layer, ("site", "age", *combat_covariates))
         parts, public, said = _parts(layer, folds, seeds)
@@ -138,11 +140,11 @@ def evaluate_age_site(
             kept = tuple(combat_covariates) if arm != "embedding" else None
             for seed in range(seeds):
                 for part in parts[seed]:
-                    table = _predict(layer, part, seed, solver, kept)
+                    table = _predict(layer, part, seed, solver, kept, floors)
                     tables.append(table.assign(arm=arm, layer=layer.name, seed=seed, fold=part.fold))
         if leave_site_out:
             for part in _site_parts(layer)[0]:
-                table = _predict(layer, part, 0, solver, None)
+                table = _predict(layer, part, 0, solver, None, {})
                 left_out.append(table.assign(arm="embedding", layer=layer.name, seed=0, fold=part.fold))
     people = pd.concat(tables, ignore_index=True)
     if combat:
@@ -157,6 +159,9 @@ def evaluate_age_site(
     atomic_write(out / "config.yaml", yaml.safe_dump(options, sort_keys=False))
     write_json(out / "environment.json", environment())
     write_csv(people, out / "eval" / "per_person.csv")
+    maps = [_map(layer, people) for layer in read]
+    if any(len(one) for one in maps):
+        write_csv(pd.concat(maps, ignore_index=True), out / "eval" / "embedding_maps.csv")
     write_json(out / "eval" / "age_site.json", summary)
     report = build_report(out)
     return Outcome([*_lines(summary), f"report: {report}"], {**summary, "report": str(report)})
@@ -306,7 +311,8 @@ def _layer(
     if normalise or (normalise is None and name == "z"):
         length = np.linalg.norm(X, axis=1, keepdims=True)
         X = X / np.where(length > 0, length, 1.0)
-    method = about.get("method")
+    method = about.get("method")  # its configuration, or its name
+    method = method.get("name") if isinstance(method, dict) else method
     return Layer(name, X, keys.reset_index(drop=True), None if method is None else str(method), path)
 
 
@@ -398,8 +404,18 @@ def _refuse_pretrained(layer: Layer, parts: list[list[Part]]) -> None:
         )
 
 
-def _predict(layer: Layer, part: Part, seed: int, solver: Solver, kept: tuple[str, ...] | None) -> pd.DataFrame:
-    """Predictions of one part; ``kept`` are the covariates of ComBat, None for none."""
+def _predict(
+    layer: Layer,
+    part: Part,
+    seed: int,
+    solver: Solver,
+    kept: tuple[str, ...] | None,
+    floors: dict[tuple[int, str], SiteProbe],
+) -> pd.DataFrame:
+    """Predictions of one part; ``kept`` are the covariates of ComBat, None for no ComBat.
+
+    ``floors`` holds the age-only probe of each seed and part, which is the same for every layer and arm.
+    """
     external = part.external
     if kept is not None:
         rows = np.flatnonzero(part.train | part.internal)
@@ -418,9 +434,13 @@ def _predict(layer: Layer, part: Part, seed: int, solver: Solver, kept: tuple[st
             target=keys["age"].to_numpy()[rows],
         )
         layer, external = replace(layer, X=X), np.zeros_like(external)
+    train = layer.people(part.train)
     inside = layer.people(part.internal) if part.internal.any() else None
     outside = layer.people(external) if external.any() else None
-    return predict_age_site(layer.people(part.train), inside, outside, seed=seed, solver=solver)
+    key = (seed, part.fold)
+    if inside is not None and key not in floors:
+        floors[key] = site_probe(train.age[:, None], train.site, train.subject, seed=seed, solver=solver)
+    return predict_age_site(train, inside, outside, seed=seed, solver=solver, age_only=floors.get(key))
 
 
 def _summary(
@@ -458,6 +478,21 @@ def _summary(
         "paired": _paired(internal, n_bootstrap) if several else [],
         "leave_site_out": {"rows": _left_out_rows(pd.concat(left_out), n_bootstrap)} if left_out else None,
     }
+
+
+def _map(layer: Layer, people: pd.DataFrame) -> pd.DataFrame:
+    """PCA and t-SNE of the evaluated rows of a layer, as they were embedded."""
+    first = people[(people["arm"] == "embedding") & (people["layer"] == layer.name) & (people["seed"] == 0)]
+    kind_of = first.drop_duplicates("subject").set_index("subject")["set"]
+    evaluated = layer.keys["subject"].isin(kind_of.index).to_numpy()
+    keys = layer.keys.loc[evaluated, ["subject", "site", "age"]].reset_index(drop=True)
+    tables = [
+        keys.assign(arm="embedding", layer=layer.name, kind=kind, x=xy[:, 0], y=xy[:, 1])
+        for kind, xy in flat_maps(layer.X[evaluated]).items()
+    ]
+    columns = ["arm", "layer", "kind", "subject", "x", "y", "age", "site"]
+    table = pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
+    return table.assign(set=table["subject"].map(kind_of))
 
 
 def _paired(internal: pd.DataFrame, n_bootstrap: int) -> list[dict[str, Any]]:
