@@ -25,14 +25,16 @@ from medssl.config.models import RunConfig
 from medssl.core.types import Needs
 from medssl.data.cohorts import COHORTS
 from medssl.data.integrity import CODES
-from medssl.methods import METHODS, TASKS
+from medssl.methods import METHODS, TASKS, EnDConfig, FairKLConfig, TargetConfig
+from medssl.methods.decoupled_uniformity import PriorConfig
+from medssl.methods.kernels import AttributeKernel, KernelConfig
 from medssl.models import ENCODERS
 from medssl.samplers import SAMPLERS
 from medssl.transforms.augment_config import AugmentConfig
 from medssl.transforms.views import PRESETS, Artefact
 
 FOLDER: Final = Path(__file__).parent
-PART: Final = re.compile(r"(<!-- generated: ([a-z-]+) -->\n).*?(<!-- end of generated part -->)", re.DOTALL)
+PART: Final = re.compile(r"(<!-- generated: ([a-z_-]+) -->\n).*?(<!-- end of generated part -->)", re.DOTALL)
 
 # Fields whose name says it all in the code, in the words of this page.
 PLAIN: Final = {
@@ -215,7 +217,25 @@ def sections_of_every_run() -> str:
 def pretrain_sections() -> str:
     """What a pretraining adds."""
     own = [name for name in PretrainConfig.model_fields if name not in RunConfig.model_fields]
-    return "\n\n".join([class_table(PretrainConfig, only=own), _named("method", METHODS), _named("sampler", SAMPLERS)])
+    shared = {
+        "method.kernel": KernelConfig,
+        "method.kernel.attributes`, each: `COLUMN": AttributeKernel,
+        "method.prior": PriorConfig,
+        "debias`, name `fair_kl": FairKLConfig,
+        "debias`, name `end": EnDConfig,
+        "debias.target": TargetConfig,
+    }
+    return "\n\n".join(
+        [
+            class_table(PretrainConfig, only=own),
+            _named("method", METHODS),
+            *(
+                f"### `{title}`\n\n{_sentence(_summary(model))}\n\n{class_table(model)}"
+                for title, model in shared.items()
+            ),
+            _named("sampler", SAMPLERS),
+        ]
+    )
 
 
 def finetune_sections() -> str:
@@ -314,13 +334,16 @@ def methods() -> str:
 
 
 def _needs(needs: Needs) -> str:
-    words = [f"{needs.views} views" + (", view 0 the item itself" if needs.original else "")]
+    words = [
+        f"{needs.views} view{'s' if needs.views > 1 else ''}" + (", view 0 the item itself" if needs.original else "")
+    ]
     if needs.moves == "none":
         words.append("intensities only")
     words.append("sampler " + (" or ".join(f"`{one}`" for one in sorted(needs.samplers)) or "any"))
     words += ["partitions"] if needs.partitions else []
     words += ["decoder blocks"] if needs.decoder else []
-    words.append(" and ".join(f"{dims}D" for dims in sorted(needs.spatial_dims)))
+    words += [f"column {' and '.join(f'`{one}`' for one in needs.labels)}"] if needs.labels else []
+    words.append(", ".join(f"{dims}D" if dims else "tables" for dims in sorted(needs.spatial_dims)))
     return "; ".join(words)
 
 
