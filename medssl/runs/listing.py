@@ -45,7 +45,7 @@ def list_methods() -> Listing:
                 + (", intensities only" if needs.moves == "none" else ""),
                 "sampler": " or ".join(sorted(needs.samplers)) or "any",
                 "labels": ", ".join(needs.labels) or "none",
-                "items": " and ".join(f"{dims}D" for dims in sorted(needs.spatial_dims)),
+                "items": ", ".join(f"{dims}D" if dims else "tables" for dims in sorted(needs.spatial_dims)),
                 "trains": ", ".join(needs.trains),
             }
         )
