@@ -127,6 +127,9 @@ def run_grid(
         keys: Per cell the fingerprint of its settings.
         jobs: Processes; each computes one cell at a time with one thread.
 
+    Returns:
+        The result of every cell, in the order of ``cells``.
+
     Raises:
         Interrupted: A cell was asked to stop; it and those not begun are computed by a resumed run.
         MedsslError: The first failure, after the cells that were running have ended.
@@ -143,13 +146,14 @@ def run_grid(
         log.info("%d of %d cells are finished already", len(results), len(cells))
     with StopFlag() as stop:
         if jobs > 1 and len(waiting) > 1:
-            return results | _in_parallel(waiting, run_cell, folder, keys, jobs, stop)
+            results |= _in_parallel(waiting, run_cell, folder, keys, jobs, stop)
+            return {cell: results[cell] for cell in cells}
         said = _Said(len(waiting))
         for number, cell in enumerate(waiting):
             _check_stop(stop)
             said.line(number, f"begins {cell.name}")
             results[cell] = _compute(run_cell, cell, folder / cell.name, keys[cell])
-    return results
+    return {cell: results[cell] for cell in cells}
 
 
 class _Said:
