@@ -228,15 +228,20 @@ class FinetuneConfig(RunConfig):
     batch_size: PositiveInt = 4
     grid: GridConfig = GridConfig()
     inference: InferenceConfig = InferenceConfig()
-    evaluate_on: str = "test"
-    """The split that is predicted and scored; `validation` while settings are searched."""
+    evaluate_on: str | Annotated[tuple[str, ...], Field(min_length=1)] = "test"
+    """The split that is predicted and scored; `validation` while settings are searched. Regression and classification
+    take several, such as [internal_test, external_test], and score each by itself; the first one leads."""
     save_predictions: Literal["all", "none"] = "all"
 
     @model_validator(mode="after")
     def _sections_fit(self) -> FinetuneConfig:
         self._check_encoder()
-        if self.evaluate_on in (self.data.splits or ()):
-            raise ValueError(f"evaluate_on: `{self.evaluate_on}` is one of data.splits, which are trained on")
+        for split in self.evaluated:
+            if split in (self.data.splits or ()):
+                raise ValueError(f"evaluate_on: `{split}` is one of data.splits, which are trained on")
+        if len(set(self.evaluated)) < len(self.evaluated):
+            raise ValueError("evaluate_on: a split is named twice")
+        self._check_task()
         if self.spatial_dims not in self.task.needs().spatial_dims:
             raise ValueError(f"items.geometry: task `{self.task.name}` is not defined for {self.items.geometry}")
         if self.task.needs().decoder and not ENCODERS[self.model.encoder.name].decoder:
@@ -252,3 +257,22 @@ class FinetuneConfig(RunConfig):
         if window is not None and len(window) != self.spatial_dims:
             raise ValueError(f"inference.window: give {self.spatial_dims} lengths for {self.spatial_dims}D items")
         return self
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """The splits that are scored."""
+        return (self.evaluate_on,) if isinstance(self.evaluate_on, str) else self.evaluate_on
+
+    def _check_task(self) -> None:
+        """What only some tasks take."""
+        if "label_map" in self.task.needs().labels:
+            if len(self.evaluated) > 1:
+                raise ValueError(f"evaluate_on: task `{self.task.name}` scores one split")
+            return
+        if self.grid.published_draws is not None:
+            raise ValueError(f"grid.published_draws: lists of label maps; task `{self.task.name}` draws its own")
+        if self.task.train != "whole" and all(arm.weights is None for arm in self.grid.arms):
+            raise ValueError(
+                "task.train: there is nothing to freeze, as no arm begins from weights: name them in "
+                "grid.arms, or set task.train: whole"
+            )

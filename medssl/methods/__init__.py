@@ -16,6 +16,7 @@ from medssl.methods.simclr import SimCLR, SimCLRConfig
 from medssl.methods.sup_info_nce import SupInfoNCE, SupInfoNCEConfig
 from medssl.methods.supcon import SupCon, SupConConfig
 from medssl.methods.supervised import Supervised, SupervisedConfig
+from medssl.methods.targets import ClassificationConfig, RegressionConfig, TargetTask
 from medssl.methods.vae import VAE, VAEConfig
 from medssl.methods.y_aware import YAware, YAwareConfig
 
@@ -92,6 +93,18 @@ TASKS: Final[Mapping[str, MethodEntry]] = MappingProxyType(
             Segmentation,
             "voxel classes by Dice and cross-entropy, with optional Mixup",
             "Chaitanya et al. 2020 (arXiv:2006.10511)",
+        ),
+        "regression": MethodEntry(
+            RegressionConfig,
+            TargetTask,
+            "a number such as age from an encoder that is trained whole, in its last blocks, or not at all",
+            "Barbano et al. 2023 (arXiv:2211.08326), Table 1",
+        ),
+        "classification": MethodEntry(
+            ClassificationConfig,
+            TargetTask,
+            "a class such as a diagnosis, with classes of unequal size weighted",
+            "King & Zeng 2001 (doi:10.1093/oxfordjournals.pan.a004868)",
         ),
     }
 )

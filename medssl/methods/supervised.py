@@ -29,6 +29,8 @@ class SupervisedConfig(StrictModel):
     """l1 and mse learn a number, in units of its standard deviation over the training items; cross_entropy a class."""
     n_classes: PositiveInt | None = None
     """Of cross_entropy; null: as many values as the column has in the training items."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Of cross_entropy; balanced: each class by the inverse of its share of the training items, 1 on their average."""
     projection_dim: PositiveInt | None = None
     """Length of a projection z between the features h and the linear output; null: the output is linear in h."""
     hidden_dim: PositiveInt | None = None
@@ -38,6 +40,8 @@ class SupervisedConfig(StrictModel):
     def _consistent(self) -> SupervisedConfig:
         if self.n_classes is not None and self.loss != "cross_entropy":
             raise ValueError(f"n_classes: loss {self.loss} learns a number; remove n_classes or choose cross_entropy")
+        if self.class_weights != "none" and self.loss != "cross_entropy":
+            raise ValueError(f"class_weights: loss {self.loss} learns a number; choose cross_entropy, or remove it")
         if self.n_classes == 1:
             raise ValueError("n_classes: at least 2")
         if self.hidden_dim is not None and self.projection_dim is None:
@@ -68,6 +72,7 @@ class Supervised(Method):
     target_mean: Tensor
     target_scale: Tensor
     classes: Tensor
+    class_weights: Tensor
 
     def __init__(self, config: SupervisedConfig, parts: ModelParts) -> None:
         super().__init__()
@@ -83,6 +88,7 @@ class Supervised(Method):
                     "the number of classes is not known", where="method.n_classes", fix="set it, at least 2"
                 )
             self.register_buffer("classes", torch.arange(config.n_classes, dtype=torch.float64))
+            self.register_buffer("class_weights", torch.ones(config.n_classes))
         else:
             self.register_buffer("target_mean", torch.zeros(()))
             self.register_buffer("target_scale", torch.ones(()))
@@ -96,7 +102,7 @@ class Supervised(Method):
             InputError: A missing target, or all targets equal.
         """
         target = target_of(table, self.config.target)
-        values = np.unique(target)
+        values, counts = np.unique(target, return_counts=True)
         if len(values) < 2:
             raise InputError(
                 f"`{self.config.target}` is the same for all items: there is nothing to learn",
@@ -112,6 +118,8 @@ class Supervised(Method):
                     fix=f"set it to {len(values)}",
                 )
             self.classes.copy_(torch.from_numpy(values.astype(np.float64)))
+            if self.config.class_weights == "balanced":
+                self.class_weights.copy_(torch.from_numpy(counts.sum() / (len(counts) * counts)))
         elif target.dtype.kind != "f":
             raise ConfigError(
                 f"`{self.config.target}` holds text, which loss {self.config.loss} cannot learn",
@@ -145,6 +153,7 @@ class Supervised(Method):
         wanted = torch.searchsorted(self.classes, target.to(self.classes.dtype)).clamp(max=len(self.classes) - 1)
         # A value that is no class must not pass for one: the loss is then NaN, and the loop names the items.
         known = torch.where(self.classes[wanted] == target, 1.0, torch.nan)
+        known = known * self.class_weights[wanted]
         loss = (F.cross_entropy(output, wanted, reduction="none") * known).mean()
         return loss, {"accuracy": (output.detach().argmax(1) == wanted).to(output.dtype).mean()}
 

@@ -85,6 +85,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"n_classes": N_CLASSES},
         {"n_classes": N_CLASSES, "mixup": {}, "dice_over": "item", "include_background": False},
     ],
+    "regression": [{}, {"loss": "mse", "train": "head"}],
+    "classification": [{"n_classes": 3}, {"n_classes": 3, "class_weights": "none", "train": "head"}],
 }
 
 

@@ -67,6 +67,19 @@ CASES = [
 every_encoder = pytest.mark.parametrize("case", [pytest.param(case, id=str(case)) for case in CASES])
 
 
+@every_encoder
+def test_blocks_hold_every_weight_once_and_make_one_map_each(case):
+    encoder, x = case.build().eval(), case.images()
+    blocks = [[p for module in block for p in module.parameters()] for block in encoder.blocks()]
+    assert [id(p) for block in blocks for p in block] == [id(p) for p in encoder.parameters()]
+    for number, level in enumerate(encoder.feature_maps(x), start=1):
+        encoder.zero_grad()
+        level.square().sum().backward(retain_graph=True)
+        reached = {id(p) for p in encoder.parameters() if p.grad is not None}
+        assert reached == {id(p) for block in blocks[:number] for p in block}
+    assert number == len(blocks)
+
+
 def test_every_encoder_is_covered():
     assert {case.name for case in CASES} == set(ENCODERS)
 

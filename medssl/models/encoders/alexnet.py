@@ -80,6 +80,10 @@ class AlexNetEncoder(StagedEncoder):
             if pooled and number != last:
                 x = self.pool(x)
 
+    def blocks(self) -> list[list[nn.Module]]:
+        """The modules behind each of them."""
+        return [[layer] for layer in self.layers]
+
 
 def build_alexnet(
     config: AlexNetConfig, in_channels: int, *, spatial: Sequence[int] | None = None, seed: int = 0

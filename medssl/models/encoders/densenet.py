@@ -77,6 +77,15 @@ class DenseNetEncoder(StagedEncoder):
             if name == "relu0" or name == "norm5" or (name.startswith("denseblock") and name != "denseblock4"):
                 yield x
 
+    def blocks(self) -> list[list[nn.Module]]:
+        """The modules behind each of them."""
+        found: list[list[nn.Module]] = [[]]
+        for name, layer in self.features.named_children():
+            if name.startswith(("transition", "denseblock1")):  # what begins the next map
+                found.append([])
+            found[-1].append(layer)
+        return found
+
 
 def _widths(config: DenseNetConfig) -> tuple[int, ...]:
     widths = [config.init_features]

@@ -72,6 +72,10 @@ class MLPEncoder(nn.Module):
             maps.append(x)
         return maps
 
+    def blocks(self) -> list[list[nn.Module]]:
+        """The modules that make each map from the one before; all of them hold all weights."""
+        return [[level] for level in self.levels]
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_features) to (N, out_features)."""
         return self.feature_maps(x)[-1]

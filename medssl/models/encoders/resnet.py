@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from monai.networks.nets import resnet
 from pydantic import PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from medssl.core.schema import StrictModel
 from medssl.models.encoders.checks import check_axes
@@ -99,6 +99,10 @@ class ResNetEncoder(StagedEncoder):
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = layer(x)
             yield x
+
+    def blocks(self) -> list[list[nn.Module]]:
+        """The modules behind each of them."""
+        return [[self.conv1, self.bn1], [self.layer1], [self.layer2], [self.layer3], [self.layer4]]
 
 
 def build_resnet(

@@ -46,6 +46,10 @@ class StagedEncoder(nn.Module, ABC):
     def stages(self, x: Tensor) -> Iterator[Tensor]:
         """The map that each stage leaves, fine to coarse; no later stage writes into it."""
 
+    @abstractmethod
+    def blocks(self) -> list[list[nn.Module]]:
+        """The modules that make each map from the one before; all of them hold all weights."""
+
     def feature_maps(self, x: Tensor) -> list[Tensor]:
         """One map per stage, fine to coarse: (N, width[k], *spatial of stage k).
 

@@ -143,6 +143,10 @@ class UNetEncoder(nn.Module):
         """(N, C, *spatial) to (N, F): the coarsest map averaged over its voxels."""
         return self.feature_maps(x)[-1].flatten(2).mean(2)
 
+    def blocks(self) -> list[list[nn.Module]]:
+        """The modules that make each map from the one before; all of them hold all weights."""
+        return [[level] for level in self.levels]
+
     def _check(self, x: Tensor) -> None:
         check_input(x, self.dims, self.in_channels)
         shortest = [2 ** sum(stride[axis] == 2 for stride in self.strides) for axis in range(self.dims)]
