@@ -20,7 +20,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from medssl.config import FinetuneConfig, PretrainConfig
+from medssl.config import AgeSiteProtocol, ArmCombat, CompareArm, CompareConfig, FinetuneConfig, PretrainConfig
 from medssl.config.models import RunConfig
 from medssl.core.types import Needs
 from medssl.data.cohorts import COHORTS
@@ -51,6 +51,8 @@ PLAIN: Final = {
     "PretrainConfig.method": "What is learnt.",
     "PretrainConfig.sampler": "Which items form a batch.",
     "FinetuneConfig.kind": "The kind of run.",
+    "CompareConfig.kind": "The kind of run.",
+    "CompareArm.name": "In tables and folder names.",
     "FinetuneConfig.task": "What is learnt.",
     "FinetuneConfig.batch_size": "Items in a global batch, equally many of every labelled volume.",
     "FinetuneConfig.grid": "Arms, label fractions, draws and seeds.",
@@ -258,6 +260,18 @@ def finetune_sections() -> str:
     )
 
 
+def compare_sections() -> str:
+    """What a comparison adds."""
+    own = [name for name in CompareConfig.model_fields if name not in RunConfig.model_fields]
+    parts = {
+        "arms`, each": CompareArm,
+        "arms`, each: `combat`": ArmCombat,
+        "protocol`, name `age_site`": AgeSiteProtocol,
+    }
+    text = [f"### `{title}\n\n{_sentence(_summary(model))}\n\n{class_table(model)}" for title, model in parts.items()]
+    return "\n\n".join([class_table(CompareConfig, only=own), *text])
+
+
 def _named(section: str, entries: Mapping[str, Any]) -> str:
     text = []
     for name, entry in entries.items():
@@ -357,6 +371,7 @@ PARTS: Final[Mapping[str, Callable[[], str]]] = {
     "sections": sections_of_every_run,
     "pretrain": pretrain_sections,
     "finetune": finetune_sections,
+    "compare": compare_sections,
     "augment": augment,
     "cohorts": cohorts,
     "codes": codes,

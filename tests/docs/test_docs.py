@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from medssl.config import CONFIGS
+from medssl.core.files import parse_yaml
 from medssl.core.schema import validate
 from medssl.data.manifest import ManifestMeta
 from medssl.transforms.views import ViewsConfig
@@ -86,7 +86,7 @@ def test_examples_show_every_kind_of_addition():
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "yaml")], ids=name_of)
 def test_yaml_blocks_validate(page):
     for code in blocks(page, "yaml"):
-        values = yaml.safe_load(code)
+        values = parse_yaml(code, source=name_of(page))
         if "kind" in values:
             validate(CONFIGS[values["kind"]], values, source=name_of(page))
         elif set(values) == {"views"}:
@@ -96,7 +96,7 @@ def test_yaml_blocks_validate(page):
 
 
 def test_every_kind_of_run_is_shown_complete():
-    shown = [yaml.safe_load(code) for page in PAGES for code in blocks(page, "yaml")]
+    shown = [parse_yaml(code, source=name_of(page)) for page in PAGES for code in blocks(page, "yaml")]
     assert {values.get("kind") for values in shown} >= set(CONFIGS)
 
 
