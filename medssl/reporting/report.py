@@ -71,7 +71,8 @@ def pretrain_report(run_dir: Path) -> Path:
     """Build the report of a pretraining run; see ``build_report``."""
     run = read_run(run_dir, "pretrain")
     done = run.pretrain
-    facts = {k: v for k, v in done.items() if k not in ("weights", "collapse", "views", "data_wait_share", "seconds")}
+    elsewhere = ("weights", "collapse", "label_notes", "views", "data_wait_share", "seconds")
+    facts = {k: v for k, v in done.items() if k not in elsewhere}
     if "seconds" in done:
         facts["time"] = duration(done["seconds"])
     share = finite(done.get("data_wait_share"))
@@ -97,6 +98,11 @@ def _pretrain_verdict(run: RunFiles) -> Verdict:
     done = run.pretrain
     collapse = done.get("collapse")
     method, steps = clean(done.get("method", "The method"), 60), done.get("steps")
+    debias = done.get("debias")
+    if isinstance(debias, dict):
+        weight = f", weight {debias['weight']:g}" if finite(debias.get("weight")) is not None else ""
+        what, layer = clean(debias.get("attribute", ""), 60), clean(debias.get("on", ""), 10)
+        method = f"{method} with {clean(debias.get('name', ''), 30)} against {what} on {layer}{weight}"
     begin = (
         f"{method} was trained for {steps} steps"
         if finite(steps) is not None
@@ -113,7 +119,8 @@ def _pretrain_verdict(run: RunFiles) -> Verdict:
         for sign in collapse or []
     ]
     use = "A loss says nothing about use: whether pretraining helps is decided by fine-tuning on labels."
-    return Verdict(f"{begin}; {end}.", [f"Sign of collapse: {sign}" for sign in signs], [use])
+    labels = [clean(note, 500) for note in done.get("label_notes") or []]
+    return Verdict(f"{begin}; {end}.", [*(f"Sign of collapse: {sign}" for sign in signs), *labels], [use])
 
 
 def _named(value: Any) -> dict[str, Any]:

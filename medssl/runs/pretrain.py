@@ -256,6 +256,7 @@ def finish(
 ) -> Pretrained:
     """Export weights and write the summary."""
     decoder = method.decoder if "decoder" in config.needs.trains else None
+    head = method.head if isinstance(method.head, (ProjectionHead, LinearHead)) else None
     fingerprints = {cohort.store.voxels(volume)[:FINGERPRINT_DIGITS] for volume in cohort.store.volumes}
     if config.weights is not None:
         fingerprints |= set(read_model(config.weights)["info"].get("pretrained_on", ()))
@@ -263,7 +264,7 @@ def finish(
         folder / "weights",
         method.encoder,
         decoder,
-        head=method.head if isinstance(method.head, (ProjectionHead, LinearHead)) else None,
+        head=head,
         info={
             "method": config.method.model_dump(mode="json"),
             "debias": None if config.debias is None else config.debias.model_dump(mode="json"),
@@ -290,7 +291,7 @@ def finish(
         "left_out": list(cohort.left_out),
         "weights": {
             "encoder": len(method.encoder.state_dict()),
-            **({} if decoder is None else {"decoder": len(decoder.state_dict())}),
+            **{name: len(part.state_dict()) for name, part in (("decoder", decoder), ("head", head)) if part},
         },
         "last": {name: float(value) for name, value in trained.last.items()},
     }

@@ -135,6 +135,9 @@ def test_a_site_with_one_person_is_named_and_trained_on(tmp_path):
     assert len(notes) == 1
     assert "line 2 (p00)" in notes[0]
     assert "WARNING: " + notes[0] in done.text()
+    page = done.report.read_text()
+    assert "one person alone has site alone" in page
+    assert "y_aware with fair_kl against site on z, weight 1 was trained" in page
     assert {"main_loss", "debias", "debias_aligned_pairs"} <= set(done.summary["last"])
 
 
