@@ -371,11 +371,10 @@ class FeatureStatistics:
                 fix="leave them out with data.features.columns",
             )
         mean = np.nanmean(rows, axis=0)
-        # Rounding gives a constant column a spread of about 1e-16 of its value, which would be blown up to 1.
-        constant = np.nanmax(rows, axis=0) == np.nanmin(rows, axis=0)
-        if constant.all():
+        # In float64 the mean of equal float32 values is that value, so a constant column's spread is 0 and not 1e-16.
+        sd = np.nanstd(rows, axis=0)
+        if not sd.any():
             raise DataError("every feature is constant in the rows that are trained on", found=f"{len(rows)} rows")
-        sd = np.where(constant, 0.0, np.nanstd(rows, axis=0))
         return cls(tuple(names), mean, sd, len(rows), config.standardise, config.impute == "mean")
 
     @property

@@ -300,6 +300,7 @@ def test_slices_are_averaged_and_prepared_as_for_the_pretraining(tmp_path):
     written = read_features(tmp_path / "e.csv")
     assert done.n_rows == len(read_manifest(manifest))
     _, opened, reader = open_for_weights(pretrained.folder, manifest)
+    assert reader.config.partitions is None  # a volume with fewer slices than there were partitions can be embedded
     encoder = encoder_from_weights(pretrained.folder).eval()
     for volume, row in zip(opened.chosen.table["volume"], written.values):
         slices = torch.from_numpy(np.array(reader.store.image(volume))).movedim(3, 0)  # all 5, in no partition too

@@ -68,6 +68,14 @@ def test_switching_the_mask_off_leaves_the_noise_as_it_was():
     assert torch.equal(both[kept], alone[kept])
 
 
+def test_which_features_are_masked_says_nothing_of_their_noise():
+    policy = AugmentConfig(mask=Mask(share=(0.5, 0.5)), noise=Noise(probability=1, std=(1, 1)))
+    view = views(torch.full((64, 256), 100.0), policy).views[0]
+    kept = view[view != 0] - 100
+    assert abs(kept.mean()) < 0.05
+    assert abs(kept.std() - 1) < 0.05
+
+
 def test_preset_none_gives_the_row_itself():
     source = rows(3)
     made = make_views(source, ViewsConfig(preset="none"), **KEYS, slots=range(3))
