@@ -152,7 +152,7 @@ class _Loop:
         self.method, self.source, self.settings, self.fabric = method, source, settings, fabric
         self.optimizer_config, self.schedule = optimizer, schedule
         self.model: Any = LossModule(method)
-        self.optimizer = build_optimizer(self.model, optimizer)
+        self.optimizer = build_optimizer(self.model, optimizer, fused=fabric.device.type == "cpu")
         self.model, self.fabric_optimizer = fabric.setup(self.model, self.optimizer)
         source.place(fabric.device, fabric.global_rank, fabric.world_size)
         self.progress = Progress(alarm=CollapseAlarm.from_settings(settings))

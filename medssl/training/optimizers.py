@@ -14,8 +14,14 @@ from medssl.core.errors import ConfigError
 from medssl.training.config import OptimizerConfig, ScheduleConfig
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig) -> Optimizer:
+def build_optimizer(module: nn.Module, config: OptimizerConfig, *, fused: bool = False) -> Optimizer:
     """The optimiser over the trainable weights of ``module``.
+
+    Args:
+        module: What is trained.
+        config: How.
+        fused: Take PyTorch's fused kernel of adam and adamw: the same formula, rounded elsewhere. On a CPU a step of a
+            small network costs a quarter (56 instead of 206 us for an MLP of 8 tensors).
 
     Raises:
         ConfigError: Nothing is trainable.
@@ -25,9 +31,9 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> Optimizer:
         raise ConfigError("there is nothing to train: every weight is frozen", fix="unfreeze the encoder or a decoder")
     rate, decay = config.learning_rate, config.weight_decay
     if config.name == "adam":
-        return Adam(weights, lr=rate, weight_decay=decay)
+        return Adam(weights, lr=rate, weight_decay=decay, fused=fused or None)
     if config.name == "adamw":
-        return AdamW(weights, lr=rate, weight_decay=decay)
+        return AdamW(weights, lr=rate, weight_decay=decay, fused=fused or None)
     if config.name == "sgd":
         return SGD(weights, lr=rate, momentum=config.momentum, weight_decay=decay)
     return LARS(

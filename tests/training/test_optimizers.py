@@ -125,3 +125,19 @@ def test_the_alarm_waits_for_looks_in_a_row_and_can_go_off_again():
     fired = [alarm.look(step, spread) is not None for step, spread in enumerate(spreads)]
     assert fired == [False, False, False, True, False, False, False, True]
     assert len(alarm.alarms) == 2
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_fused_kernel_follows_the_same_formula(name):
+    start, gradients = torch.randn(5, 3), torch.randn(4, 5, 3)
+    weights = []
+    for fused in (False, True):
+        layer = nn.Linear(3, 5, bias=False)
+        with torch.no_grad():
+            layer.weight.copy_(start)
+        optimizer = build_optimizer(layer, OptimizerConfig(name=name, weight_decay=0.1), fused=fused)
+        for gradient in gradients:
+            layer.weight.grad = gradient.clone()
+            optimizer.step()
+        weights.append(layer.weight.detach())
+    torch.testing.assert_close(*weights, atol=1e-6, rtol=1e-5)
