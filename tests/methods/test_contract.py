@@ -35,6 +35,20 @@ def test_loss_is_a_finite_scalar_and_what_is_watched_is_detached(example):
 
 
 @every_method
+def test_features_are_those_that_the_configuration_promises(example):
+    method, batch = example.build(), make_batch(example, 0)
+    features = method.training_loss(batch).features
+    assert set(features) == set(example.needs.features)
+    trained = any(weight.requires_grad for weight in method.encoder.parameters())
+    for value in features.values():
+        assert len(value) == len(batch.views[0])
+        assert value.requires_grad == trained
+    if "h" in features:
+        h = method.encoder(batch.views[0])  # its norms see each item by itself, so the other views play no part
+        torch.testing.assert_close(features["h"], h, atol=1e-5, rtol=1e-4)
+
+
+@every_method
 def test_gradient_reaches_what_must_learn_and_nothing_else(example):
     method = example.build()
     backward(example, method)
