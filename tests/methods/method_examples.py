@@ -45,7 +45,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             **HEAD,
         },
     ],
-    "sup_info_nce": [{"views": 2, **HEAD}, {"form": "in", "label": "age", "bins": [28.0, 40.0, 52.0], **HEAD}],
+    "sup_info_nce": [
+        {"views": 2, **HEAD},
+        {"form": "in", "epsilon": 0.0, "label": "age", "bins": [28.0, 40.0, 52.0], **HEAD},
+    ],
     "y_aware": [
         {"views": 2, **HEAD},
         {
