@@ -8,16 +8,17 @@ from collections.abc import Mapping
 from medssl.config import dump_config
 from medssl.config.compare import CompareConfig
 from medssl.core.errors import ConfigError
+from medssl.data.weak_labels import shortened
 from medssl.reporting import build_report
-from medssl.runs.compare_cells import CompareCell, CompareRunner
+from medssl.runs.compare_cells import CompareCell, CompareRunner, fold_statistics
 from medssl.runs.compare_folds import Fold, open_people, plan_folds, rows_of
 from medssl.runs.compare_summary import Compared, summarise_comparison
 from medssl.runs.folder import open_run, record_run, run_folder, tracked
 from medssl.runs.grid import check_keys, run_grid
-from medssl.runs.labels import check_labels, training_items
+from medssl.runs.labels import check_labels
 from medssl.runs.leaks import LeakCheck, check_weights
 from medssl.runs.pretrain import check_batch
-from medssl.runs.volumes import Cohort, weights_statistics
+from medssl.runs.volumes import Cohort, open_items
 from medssl.samplers import SAMPLERS
 from medssl.training.device import resolve_accelerator, resolve_precision
 
@@ -84,20 +85,22 @@ def check_arms(config: CompareConfig, cohort: Cohort, folds: list[Fold]) -> Leak
 
     Raises:
         DataError: Labels that cannot be learnt from, covariates that are missing, weights that saw evaluated people.
-        ConfigError: A batch that the smallest fold cannot fill.
+        ConfigError: A batch that a fold cannot fill.
     """
     notes: list[str] = []
-    smallest = rows_of(cohort.chosen, min((fold.train for fold in folds), key=len))
-    for arm in config.arms:
-        if arm.method is None:
-            continue
-        pretraining = config.pretraining(arm, config.protocol.seeds[0])
-        for fold in folds:
-            tested = rows_of(cohort.chosen, (*fold.internal, *fold.external))
-            notes += check_labels(pretraining, rows_of(cohort.chosen, fold.train), tested)
-        table, _ = training_items(pretraining, cohort, smallest, statistics=weights_statistics(arm.weights))
-        settings = pretraining.sampler.model_dump(exclude={"name"})
-        check_batch(pretraining, SAMPLERS[pretraining.sampler.name](table, seed=config.seed, **settings).batch_size)
+    trained = {arm.name: config.pretraining(arm, config.protocol.seeds[0]) for arm in config.arms if arm.method}
+    for fold in folds:
+        rows = rows_of(cohort.chosen, fold.train)
+        tested = rows_of(cohort.chosen, (*fold.internal, *fold.external))
+        statistics = fold_statistics(config, cohort, fold)
+        table, _ = open_items(config, cohort, rows, statistics=statistics)
+        if statistics is not None and statistics.constant:
+            notes.append(f"Constant in the training rows of a fold, so 0: {shortened(statistics.constant)}.")
+        for pretraining in trained.values():
+            notes += check_labels(pretraining, rows, tested)
+            settings = pretraining.sampler.model_dump(exclude={"name"})
+            sampler = SAMPLERS[pretraining.sampler.name](table, seed=config.seed, **settings)
+            check_batch(pretraining, sampler.batch_size)
     evaluated = {volume for fold in folds for volume in (*fold.internal, *fold.external)}
     weights = {arm.name: arm.weights for arm in config.arms if arm.weights is not None}
     found = check_weights(

@@ -19,7 +19,6 @@ from threadpoolctl import threadpool_limits
 from medssl.config.compare import INPUT, ArmCombat, CompareArm, CompareConfig
 from medssl.data.feature_store import FeatureReader, FeatureStore
 from medssl.data.features import FeatureStatistics
-from medssl.data.items import ItemReader
 from medssl.evaluation.age_site import People, predict_age_site
 from medssl.evaluation.combat import ComBat
 from medssl.evaluation.probes import SiteProbe, site_probe
@@ -29,7 +28,7 @@ from medssl.runs.compare_folds import Fold, rows_of
 from medssl.runs.embed import embed_rows
 from medssl.runs.grid import Result, fingerprint
 from medssl.runs.labels import prior_fingerprint, training_items
-from medssl.runs.pretrain import build_method
+from medssl.runs.pretrain import build_method, empty_batches
 from medssl.runs.volumes import Cohort, open_items, weights_statistics
 from medssl.samplers import SAMPLERS
 from medssl.training import BatchSource, TrainResult, build_fabric, train
@@ -105,14 +104,16 @@ class CompareRunner:
         cohort, notes = self.cohort, list[str]()
         if arm.combat is not None and arm.combat.on == INPUT:
             cohort, fold, notes = self._harmonised_input(arm.combat, fold)
-        embedded, trained = self._embeddings(arm, cell, cohort, fold, folder)
+        embedded, trained, said = self._embeddings(arm, cell, cohort, fold, folder)
+        notes += said
         tables, kept = [], {}
         for layer, values in embedded.items():
             if layer == "z" and config.protocol.normalise_z:
                 values = unit_rows(values)
             seen = fold
             if arm.combat is not None and arm.combat.on == layer:
-                values, seen, notes = self._harmonised(arm.combat, fold, values)
+                values, seen, said = self._harmonised(arm.combat, fold, values)
+                notes += said
             table, kept[layer] = self._predict(seen, values, cell)
             tables.append(table.assign(layer=layer))
         write_csv(pd.concat(tables, ignore_index=True), folder / PER_PERSON)
@@ -127,20 +128,20 @@ class CompareRunner:
 
     def _embeddings(
         self, arm: CompareArm, cell: CompareCell, cohort: Cohort, fold: Fold, folder: Path
-    ) -> tuple[dict[str, Floats], TrainResult | None]:
-        """By layer (n, D) of the fold's people: train, internal, external."""
+    ) -> tuple[dict[str, Floats], TrainResult | None, list[str]]:
+        """By layer (n, D) of the fold's people: train, internal, external; what training left; notes."""
         config = self.config
         volumes = [*fold.train, *fold.internal, *fold.external]
         rows = rows_of(cohort.chosen, fold.train)
         everyone = rows_of(cohort.chosen, volumes)
         if arm.method is None:
-            _, reader = open_items(config, cohort, rows)
-            reader = self._reader(cohort, everyone, reader)
+            _, reader = open_items(config, cohort, everyone, statistics=fold_statistics(config, cohort, fold))
             place = dict(zip(reader.table.volume.tolist(), reader.table.row.tolist(), strict=True))
             values, _ = reader.read([place[volume] for volume in volumes])
-            return {INPUT: values.numpy().astype(np.float64)}, None
+            return {INPUT: values.numpy().astype(np.float64)}, None, []
         pretraining = config.pretraining(arm, cell.seed)
-        table, reader = training_items(pretraining, cohort, rows, statistics=weights_statistics(arm.weights))
+        statistics = weights_statistics(arm.weights) or fold_statistics(config, cohort, fold)
+        table, reader = training_items(pretraining, cohort, rows, statistics=statistics)
         chosen = pretraining.sampler
         sampler = SAMPLERS[chosen.name](table, seed=cell.seed, **chosen.model_dump(exclude={"name"}))
         method, _ = build_method(pretraining, reader.image_shape, table)
@@ -160,7 +161,9 @@ class CompareRunner:
             fabric=self._fabric,
             checkpoints=False,
         )
-        reader = self._reader(cohort, everyone, reader)
+        # Slices that no partition holds are embedded too.
+        whole = config.model_copy(update={"items": config.items.model_copy(update={"partitions": None})})
+        _, reader = open_items(whole, cohort, everyone, statistics=statistics)
         size = ROWS_AT_ONCE if isinstance(reader, FeatureReader) else 64
         embedded = {
             layer: embed_rows(
@@ -174,13 +177,7 @@ class CompareRunner:
             ).astype(np.float64)
             for layer in config.layers(arm)
         }
-        return embedded, trained
-
-    def _reader(self, cohort: Cohort, rows: Any, trained: ItemReader) -> ItemReader:
-        """Reads other rows as those that were trained on: features with the same statistics, images whole."""
-        config = self.config.model_copy(update={"items": self.config.items.model_copy(update={"partitions": None})})
-        statistics = trained.statistics if isinstance(trained, FeatureReader) else None
-        return open_items(config, cohort, rows, statistics=statistics)[1]
+        return embedded, trained, empty_batches(method)
 
     def _predict(self, fold: Fold, values: Floats, cell: CompareCell) -> tuple[pd.DataFrame, Floats]:
         """Predictions of the evaluated people, and their rows of ``values`` in the same order."""
@@ -193,7 +190,7 @@ class CompareRunner:
             self._floors = {key: floor}
         table = predict_age_site(
             train,
-            self._people(fold.internal, held[: len(fold.internal)]),
+            self._people(fold.internal, held[: len(fold.internal)]) if fold.internal else None,
             self._people(fold.external, held[len(fold.internal) :]) if fold.external else None,
             seed=cell.seed,
             solver=solver,
@@ -279,6 +276,14 @@ class CompareRunner:
         return fingerprint(
             [len(fold.train), len(fold.internal), keys, columns.to_csv(index=False, lineterminator="\n")]
         )
+
+
+def fold_statistics(config: CompareConfig, cohort: Cohort, fold: Fold) -> FeatureStatistics | None:
+    """Mean and deviation of the features of a fold's training rows; None for images."""
+    store = cohort.store
+    if not isinstance(store, FeatureStore):
+        return None
+    return FeatureStatistics.fit(store.names, store.rows(fold.train), config.data.features)
 
 
 def unit_rows(values: Floats) -> Floats:

@@ -281,7 +281,7 @@ def finish(
         "seconds": round(trained.seconds, 2),
         "data_wait_share": round(trained.data_wait_share, 5),
         "collapse": list(trained.collapse),
-        "label_notes": [*notes, *_empty_batches(method)],
+        "label_notes": [*notes, *empty_batches(method)],
         "debias": None if config.debias is None else config.debias.model_dump(mode="json"),
         "skipped_checkpoints": list(trained.skipped),
         "transductive": config.data.transductive,
@@ -299,7 +299,7 @@ def finish(
     return Pretrained(folder, weights, summary, None)
 
 
-def _empty_batches(method: Method) -> list[str]:
+def empty_batches(method: Method) -> list[str]:
     """How often a regulariser had nothing to compare."""
     n = int(method.batches_without_pairs) if isinstance(method, Debiased) else 0
     if n == 0:
