@@ -44,20 +44,25 @@ def label_draws(
     n_validation: int = 2,
     seed: int = 0,
     published: Path | str | None = None,
+    column: str = "label",
+    by_class: bool = False,
 ) -> list[LabelDraw]:
     """Few-label training sets: nested (the volume of 1 is in 2 is in 8), from distinct groups, several draws.
 
     Args:
-        manifest: Volumes to draw from: leave the test set out. Volumes without a label map are passed over.
+        manifest: Volumes to draw from: leave the test set out. Volumes without a label are passed over.
         n_labelled: Sizes, each at least 1.
         draws: Draws per size; draw d does not depend on how many there are.
         n_validation: Labelled validation volumes, from groups that train in no size of this draw.
         seed: Not negative; (seed, draw) alone decide.
         published: CSV of published lists (columns role, n_labelled, draw, subjects), used instead of drawing: the
             first ``draws`` of each size. Its lists are not nested, and must hold ``n_validation`` subjects.
+        column: What a labelled volume has: ``label`` is its label map, other columns are a target such as age.
+        by_class: The column holds classes: the first of a draw hold one of each, and further ones follow their shares.
 
     Raises:
-        ConfigError: A size or number below what makes sense, or that the published list does not have.
+        ConfigError: A size or number below what makes sense, or that the published list does not have; with
+            ``by_class`` a size below the number of classes.
         DataError: Not enough labelled groups, or ids that are not in the manifest.
     """
     sizes = sorted(set(n_labelled))
@@ -68,14 +73,23 @@ def label_draws(
         )
     if published is not None:
         return _published_draws(manifest, Path(published), sizes, draws, n_validation)
-    labelled = manifest.table[manifest.table["label"].notna()]
+    labelled = manifest.table[manifest.table[column].notna()]
+    what = "labels" if column == "label" else f"a value of `{column}`"
     by_group = {group: sorted(rows.tolist()) for group, rows in labelled.groupby("group")["volume"]}
     if len(by_group) < sizes[-1] + n_validation:
         raise DataError(
-            "more labelled volumes are asked for than there are groups with labels",
+            f"more labelled volumes are asked for than there are groups with {what}",
             where=str(manifest.path),
-            found=f"{len(by_group)} groups with labels; {sizes[-1]} for training and {n_validation} for validation",
+            found=f"{len(by_group)} groups with {what}; {sizes[-1]} for training and {n_validation} for validation",
             fix="ask for fewer labels or validation volumes, or add labelled volumes",
+        )
+    classes = dict(zip(labelled["volume"], labelled[column], strict=True)) if by_class else {}
+    if sizes[0] < len(set(classes.values())):
+        raise ConfigError(
+            f"a training set of {sizes[0]} cannot hold every class of `{column}`",
+            where="grid.n_labelled",
+            found=listed(sorted(map(str, set(classes.values())))),
+            fix=f"ask for {len(set(classes.values()))} labelled volumes at least",
         )
     result = []
     names = np.array(sorted(by_group), dtype=object)
@@ -86,9 +100,25 @@ def label_draws(
         leader = leaders[(draw - 1) % len(leaders)]
         groups = [leader, *(group for group in rng.permutation(names).tolist() if group != leader)]
         chosen = [by_group[group][int(rng.integers(len(by_group[group])))] for group in groups]
+        if by_class:
+            chosen = _interleaved(chosen, [classes[volume] for volume in chosen], rng)
         validation = chosen[len(chosen) - n_validation :]
         result += [LabelDraw(size, draw, chosen[:size], validation) for size in sizes]
     return sorted(result, key=lambda one: (one.n_labelled, one.draw))
+
+
+def _interleaved(chosen: Sequence[int], classes: Sequence[object], rng: np.random.Generator) -> list[int]:
+    """The same volumes, first one of each class, then all classes in proportion to their size."""
+    members: dict[object, list[int]] = {}
+    for volume, name in zip(chosen, classes, strict=True):
+        members.setdefault(name, []).append(volume)
+    first = [own[0] for own in members.values()]
+    place = {
+        volume: (position + start) / len(own)
+        for own, start in zip(members.values(), rng.random(len(members)), strict=True)
+        for position, volume in enumerate(own[1:], start=1)
+    }
+    return [*first, *sorted(place, key=lambda volume: place[volume])]
 
 
 def published_sets(manifest: Manifest, path: Path | str) -> dict[str, list[int]]:

@@ -284,9 +284,9 @@ def _scored(
     )
     weights = np.vstack([np.ones(len(who)), counts])[:, person]
     measured = (
-        _regression(truth, predictions, weights)
+        regression_metrics(truth, predictions, weights)
         if probabilities is None
-        else _classification(truth, predictions, probabilities, classes, weights)
+        else classification_metrics(truth, predictions, probabilities, classes, weights)
     )
     return ProbeScore(
         probe=name,
@@ -380,7 +380,8 @@ def _fit(
     return model, undo, not capped
 
 
-def _regression(truth: Floats, predicted: Floats, weights: Floats) -> dict[str, Floats]:
+def regression_metrics(truth: Floats, predicted: Floats, weights: Floats) -> dict[str, Floats]:
+    """``mae``, ``r`` and ``r2`` of (n,) predictions, each (B,), for weights (B, n) of the rows; NaN where undefined."""
     truth, predicted = truth - truth.mean(), predicted - truth.mean()
     n = weights.sum(1)
     y, p = weights @ truth / n, weights @ predicted / n
@@ -393,9 +394,14 @@ def _regression(truth: Floats, predicted: Floats, weights: Floats) -> dict[str, 
     return {"mae": weights @ np.abs(predicted - truth) / n, "r": r, "r2": r2}
 
 
-def _classification(
+def classification_metrics(
     truth: Texts, predicted: Texts, probabilities: Floats, classes: tuple[str, ...], weights: Floats
 ) -> dict[str, Floats]:
+    """``bacc`` and ``auc`` of (n,) predictions and (n, K) probabilities, each (B,), for weights (B, n) of the rows.
+
+    Over the classes that ``truth`` holds; NaN where undefined. With more than two classes the AUC is the mean of each
+    against the rest.
+    """
     present = [one for one in classes if (truth == one).any()]
     with np.errstate(invalid="ignore", divide="ignore"):
         recall = [(weights @ ((truth == one) & (predicted == one))) / (weights @ (truth == one)) for one in present]

@@ -1,4 +1,4 @@
-"""Fine-tune segmentation with few labels: arms x label fractions x draws x seeds, scored on people never seen."""
+"""Fine-tune with few labels: arms x label fractions x draws x seeds, scored on people never seen."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from torch import nn
 
 from medssl.config import ArmConfig, FinetuneConfig, dump_config
 from medssl.core.errors import ConfigError, DataError
 from medssl.core.files import write_json
 from medssl.core.types import ModelParts
-from medssl.data.items import ItemReader, build_items, item_shape
-from medssl.data.manifest import Manifest
 from medssl.data.splits import LabelDraw, label_draws, refuse_leak
 from medssl.methods import TASKS
 from medssl.models import build_decoder, build_encoder, load_weights, read_model
@@ -24,10 +23,9 @@ from medssl.reporting.tables import write_csv
 from medssl.runs.folder import open_run, record_run, run_folder, tracked
 from medssl.runs.grid import Cell, Result, check_keys, fingerprint, run_grid
 from medssl.runs.leaks import LeakCheck, check_weights
-from medssl.runs.predict import save_network
-from medssl.runs.scoring import mean_dice, save_overlays, score_volumes
 from medssl.runs.summary import UPPER_BOUND, Finetuned, summarise_grid
-from medssl.runs.volumes import Cohort, in_splits, open_cohort, voxel_hashes
+from medssl.runs.tasks import TaskRun, task_run
+from medssl.runs.volumes import Cohort, in_splits, open_run_cohort, voxel_hashes, weights_statistics
 from medssl.samplers import FewLabelSampler
 from medssl.training import BatchSource, train
 from medssl.training.device import resolve_accelerator, resolve_precision
@@ -51,14 +49,14 @@ class CellRunner:
 
     def __call__(self, cell: Cell, folder: Path) -> Result:
         """Train, choose the step on validation, predict the evaluation split, score it in native geometry."""
-        config, cohort = self.config, self.cohort
+        config, cohort, arm = self.config, self.cohort, self.arm(cell)
+        run = task_run(config, cohort)
         draw = self.draws[cell.n_labelled, cell.draw]
-        task, report = build_task(config, cohort, self.arm(cell), cell.seed, draw)
-        labelled = cohort.chosen.select(cohort.chosen.table["volume"].isin(draw.train).to_numpy(dtype=bool))
-        table = build_items(labelled, cohort.store, config.items)
+        task, report = build_task(config, cohort, arm, cell.seed, draw)
+        table, reader = run.items(draw.train, arm)
         source = BatchSource(
             FewLabelSampler(table, seed=cell.seed, batch_size=config.batch_size),
-            ItemReader(cohort.store, table, config.items),
+            reader,
             config.views,
             seed=cell.seed,
             workers=config.training.workers,
@@ -67,10 +65,11 @@ class CellRunner:
 
         def validate(method: Any, step: int) -> float:
             del step
-            return mean_dice(method.network, cohort, validation, config)
+            return run.validate(method, validation, arm)
 
-        steps = self.arm(cell).steps
-        settings = config.training if steps is None else config.training.model_copy(update={"steps": steps})
+        settings = config.training
+        if arm.steps is not None:
+            settings = settings.model_copy(update={"steps": arm.steps})
         trained = train(
             task,
             source,
@@ -85,10 +84,8 @@ class CellRunner:
             fingerprint={"cell": self.key(cell)},
         )
         predictions = self.folder / "predictions" / cell.name if config.save_predictions == "all" else None
-        evaluated = in_splits(cohort.chosen, (config.evaluate_on,))
-        scored = score_volumes(task.network, cohort, evaluated, config, predictions=predictions)
-        write_csv(scored.rows, folder / "per_case.csv")
-        save_network(folder / "weights", task.network, config, cohort)
+        write_csv(run.score(task, arm, predictions=predictions), folder / "per_case.csv")
+        run.save(folder / "weights", task, arm)
         return {
             "steps": trained.steps,
             "seconds": trained.seconds,
@@ -114,8 +111,11 @@ class CellRunner:
         settings = self.config.model_dump(mode="json", exclude=_NOT_RESULT)
         settings["training"] = {k: v for k, v in settings["training"].items() if k not in _NOT_RESULT_TRAINING}
         settings["data"] = {k: v for k, v in settings["data"].items() if k in ("prepare", "map")}
-        table = self.cohort.chosen.table
-        evaluated = in_splits(self.cohort.chosen, (self.config.evaluate_on,)).table
+        run = task_run(self.config, self.cohort)
+        if self.config.spatial_dims == 0:
+            settings["data"]["features"] = self.config.data.features.model_dump(mode="json")
+        table, evaluated = self.cohort.chosen.table, run.evaluated.table
+        identity = run.identity(draw, arm)
         cases = dict(zip(table["volume"], table["case"], strict=True))
 
         def contents(volumes: Sequence[int]) -> list[list[str]]:
@@ -133,6 +133,7 @@ class CellRunner:
                 "train": contents(draw.train),
                 "validation": contents(draw.validation),
                 "evaluated": contents([int(volume) for volume in evaluated["volume"]]),
+                **({} if identity is None else {"task": identity}),
             }
         )
 
@@ -141,21 +142,23 @@ def build_task(
     config: FinetuneConfig, cohort: Cohort, arm: ArmConfig, seed: int, draw: LabelDraw
 ) -> tuple[Any, dict[str, Any]]:
     """The network of one cell with its starting weights, and what became of the weights that were loaded."""
-    shape = item_shape(cohort.store, draw.train[0], config.items)
-    encoder = build_encoder(config.model.encoder, shape, seed=seed)
-    decoder = build_decoder(encoder, blocks=config.model.decoder_blocks, seed=seed)
+    run = task_run(config, cohort)
+    table, reader = run.items(draw.train, arm)
+    encoder = build_encoder(config.model.encoder, reader.image_shape, seed=seed)
+    decoder = None
+    if config.task.needs().decoder:
+        decoder = build_decoder(encoder, blocks=config.model.decoder_blocks, seed=seed)
     report: dict[str, Any] = {}
     if arm.weights is not None:
-        parts = [("encoder", encoder)]
-        if read_model(arm.weights)["decoder"] is not None:
+        parts: list[tuple[str, nn.Module]] = [("encoder", encoder)]
+        if decoder is not None and read_model(arm.weights)["decoder"] is not None:
             parts.append(("decoder", decoder))
         for part, module in parts:
             loaded = load_weights(module, arm.weights, part=part)
             report[part] = {name: len(getattr(loaded, name)) for name in ("matched", "adapted", "skipped", "missing")}
-    settings = config.task
-    if settings.n_classes is None:
-        settings = settings.model_copy(update={"n_classes": len(cohort.classes) + 1})
-    task = TASKS[settings.name].build(settings, ModelParts(encoder, decoder, shape), seed=seed)
+    settings = run.settings(arm)
+    task = TASKS[settings.name].build(settings, ModelParts(encoder, decoder, reader.image_shape), seed=seed)
+    task.fit_labels(table)
     return task, report
 
 
@@ -172,7 +175,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, allow_changed: boo
         Interrupted: Asked to stop; resumable.
     """
     resolve_precision(config.training, resolve_accelerator(config.training))
-    cohort = _open(config)
+    cohort = open_finetune(config)
     leaks = check_leaks(config, cohort)
     draws = plan_draws(config, cohort)
     cells = plan_cells(config, draws)
@@ -192,20 +195,27 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, allow_changed: boo
     return done
 
 
-def _open(config: FinetuneConfig) -> Cohort:
-    splits = (*(config.data.splits or ()), config.evaluate_on) if config.data.splits else None
-    cohort = open_cohort(config.data, slice_axis=config.items.slice_axis, splits=splits)
+def open_finetune(config: FinetuneConfig) -> Cohort:
+    """The volumes that are drawn from and those that are scored.
+
+    Raises:
+        DataError: There is no split, or the task finds nothing to learn from or to score (see ``TaskRun.check``).
+    """
+    splits = (*(config.data.splits or ()), *config.evaluated) if config.data.splits else None
+    weights = [arm.weights for arm in config.grid.arms if arm.weights is not None]
+    statistics = [known for one in weights if (known := weights_statistics(one)) is not None]
+    cohort = open_run_cohort(
+        config, splits=splits, statistics=statistics[0] if statistics and config.spatial_dims == 0 else None
+    )
     if not cohort.chosen.table["split"].notna().any():
         raise DataError(
             "the manifest holds no split, so there is nobody to evaluate on",
             where=str(cohort.manifest.path),
             fix="run `medssl data split` first",
         )
-    if not cohort.classes:
-        raise DataError("no volume of these splits has a label", where=str(cohort.manifest.path))
-    evaluated = in_splits(cohort.chosen, (config.evaluate_on,))
-    if not evaluated.table["label"].notna().any():
-        raise DataError(f"no volume of the split {config.evaluate_on} has a label", where=str(cohort.manifest.path))
+    for split in config.evaluated:
+        in_splits(cohort.chosen, (split,))  # refuses a split that nobody has
+    task_run(config, cohort).check()
     return cohort
 
 
@@ -215,18 +225,18 @@ def check_leaks(config: FinetuneConfig, cohort: Cohort) -> LeakCheck:
     Raises:
         DataError: A leak, unless it is one of pretraining and the configuration says ``transductive``.
     """
-    evaluated = in_splits(cohort.chosen, (config.evaluate_on,))
+    evaluated = in_splits(cohort.chosen, config.evaluated)
     trained = in_splits(cohort.chosen, config.data.splits)
-    refuse_leak({"training": trained, config.evaluate_on: evaluated}, voxels=voxel_hashes(cohort))
+    role = " and ".join(config.evaluated)
+    refuse_leak({"training": trained, role: evaluated}, voxels=voxel_hashes(cohort))
     weights = {arm.name: arm.weights for arm in config.grid.arms if arm.weights is not None}
     transductive = config.data.transductive
-    return check_weights(weights, cohort, evaluated, role=config.evaluate_on, transductive=transductive)
+    return check_weights(weights, cohort, evaluated, role=role, transductive=transductive)
 
 
 def plan_draws(config: FinetuneConfig, cohort: Cohort) -> dict[tuple[int, int], LabelDraw]:
     """Which labelled volumes train and validate, per (n_labelled, draw)."""
-    grid = config.grid
-    pool = in_splits(cohort.chosen, config.data.splits)
+    grid, run = config.grid, task_run(config, cohort)
     sizes = sorted(set(grid.n_labelled))
     # Random draws are nested over all sizes, so they are made together; published ones may differ in number.
     together = [[size] for size in sizes] if grid.published_draws else [sizes]
@@ -234,28 +244,31 @@ def plan_draws(config: FinetuneConfig, cohort: Cohort) -> dict[tuple[int, int], 
         one
         for group in together
         for one in label_draws(
-            pool,
+            run.pool,
             n_labelled=group,
             draws=max(grid.n_draws(size) for size in group),
             n_validation=grid.n_validation,
             seed=config.seed,
             published=grid.published_draws,
+            column=run.column,
+            by_class=run.by_class,
         )
         if one.draw <= grid.n_draws(one.n_labelled)
     ]
     planned = {(one.n_labelled, one.draw): one for one in draws}
     if grid.upper_bound:
-        everything = upper_bound_draw(pool, draws)
+        everything = upper_bound_draw(run, draws)
         planned[everything.n_labelled, 0] = everything
+    run.check_draws(list(planned.values()))
     return planned
 
 
-def upper_bound_draw(pool: Manifest, draws: Sequence[LabelDraw]) -> LabelDraw:
+def upper_bound_draw(run: TaskRun, draws: Sequence[LabelDraw]) -> LabelDraw:
     """Every labelled volume but the people of the first draw's validation volumes."""
     validation = draws[0].validation
-    table = pool.table
+    table = run.pool.table
     held_out = set(table["group"][table["volume"].isin(validation)])
-    train = table["volume"][table["label"].notna() & ~table["group"].isin(held_out)].astype(int).tolist()
+    train = table["volume"][table[run.column].notna() & ~table["group"].isin(held_out)].astype(int).tolist()
     if not train:
         raise ConfigError("grid.upper_bound: no labelled volume is left for it", fix="set grid.upper_bound: false")
     return LabelDraw(len(train), 0, train, validation)
@@ -281,24 +294,25 @@ def finish(
 ) -> Finetuned:
     """Tables, summary and overlays from the finished cells."""
     tables = []
+    run = task_run(config, cohort)
     for cell in results:
         # Only empty cells are missing: a person or a structure may be called NA.
         rows = pd.read_csv(
             folder / "cells" / cell.name / "per_case.csv",
-            dtype=dict.fromkeys(("case", "subject", "group", "class"), str),
+            dtype=dict.fromkeys(run.texts, str),
             keep_default_na=False,
             na_values=[""],
         )
         tables.append(rows.assign(arm=cell.arm, n_labelled=cell.n_labelled, draw=cell.draw, seed=cell.seed))
     per_case = pd.concat(tables, ignore_index=True)
-    first = ["arm", "n_labelled", "draw", "seed", "case", "subject", "group", "class"]
+    first = ["arm", "n_labelled", "draw", "seed", *(name for name in run.texts if name in per_case)]
     per_case = per_case[[*first, *[name for name in per_case if name not in first]]]
     write_csv(per_case, folder / "eval" / "per_case.csv")
     write_csv(cell_table(results), folder / "eval" / "cells.csv")
     leak_check = {"groups_shared_between_splits": leaks.n_groups, "notes": list(leaks.notes)}
     done = summarise_grid(config, cohort, folder, per_case, results, leak_check)
     write_json(folder / "eval" / "summary.json", done.summary)
-    save_overlays(config, cohort, per_case, folder)
+    run.keep_examples(per_case, folder)
     return done
 
 

@@ -1,13 +1,14 @@
-"""Segment new volumes with a fine-tuned network."""
+"""Predict new volumes with a fine-tuned network: label maps, or one number or class for each."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -20,19 +21,31 @@ from medssl.config import FinetuneConfig
 from medssl.core.errors import ConfigError, DataError, MedsslError, WeightsError
 from medssl.core.files import atomic_write, write_json
 from medssl.core.schema import validate
+from medssl.core.types import ModelParts
+from medssl.data.cache import prepare
+from medssl.data.feature_store import open_features
+from medssl.data.features import FeaturesConfig, FeatureStatistics
+from medssl.data.items import ItemsConfig
 from medssl.data.manifest import Manifest, ManifestMeta, read_manifest
 from medssl.data.masks import mask_for
 from medssl.data.store import CaseGeometry
 from medssl.data.volume import SUFFIXES, Volume, read_header, read_volume, stem_of, write_nifti
 from medssl.inference.config import InferenceConfig
+from medssl.methods import TASKS
+from medssl.methods.targets import TargetTask, TargetTaskConfig
 from medssl.models import ENCODERS, SegmentationNet, build_decoder
+from medssl.reporting import write_csv
 from medssl.runs.scoring import predict_native
-from medssl.runs.volumes import Cohort, LabelClass
+from medssl.runs.targets import outputs, prediction_columns
+from medssl.runs.volumes import STATISTICS, Cohort, LabelClass
 from medssl.training import TrainingConfig
 from medssl.training.device import resolve_accelerator
 from medssl.transforms.preprocess import PrepareConfig, preprocess
 
 log = logging.getLogger(__name__)
+
+PREDICTIONS: Final = "predictions.csv"
+"""What a regression or classification writes."""
 
 
 @dataclass(frozen=True)
@@ -73,20 +86,24 @@ class Segmenter:
 
 @dataclass
 class Predicted:
-    """Label maps that were written, and inputs that could not be segmented."""
+    """Files that were written (label maps, or one table of ``n_rows`` volumes), and inputs that failed."""
 
     written: list[Path] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    n_rows: int = 0
 
     def text(self) -> str:
         """For people."""
+        tables = [path for path in self.written if path.suffix == ".csv"]
         lines = [f"{len(self.written)} label maps written"]
+        if tables:
+            lines = [f"{self.n_rows} volumes predicted -> {tables[0]}"]
         lines += [f"FAILED {name}: {why}" for name, why in self.failed.items()]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """For machines."""
-        return {"written": [str(path) for path in self.written], "failed": self.failed}
+        return {"written": [str(path) for path in self.written], "failed": self.failed, "n_rows": self.n_rows}
 
 
 def save_network(folder: Path, network: SegmentationNet, config: FinetuneConfig, cohort: Cohort) -> None:
@@ -116,6 +133,88 @@ def _to_be_found_again(settings: PrepareConfig) -> PrepareConfig:
     return settings if settings.mask is None else settings.model_copy(update={"mask": settings.mask.resolve()})
 
 
+@dataclass(frozen=True)
+class TargetNetwork:
+    """A network that predicts one label of a person, and everything that its input and output need."""
+
+    task: TargetTask
+    config: TargetTaskConfig
+    prepare: PrepareConfig
+    inference: InferenceConfig
+    items: ItemsConfig
+    classes: tuple[str, ...]
+    statistics: FeatureStatistics | None
+    channels: int
+
+
+def save_target_network(
+    folder: Path,
+    task: TargetTask,
+    config: FinetuneConfig,
+    settings: TargetTaskConfig,
+    classes: tuple[str, ...],
+    statistics: FeatureStatistics | None,
+) -> None:
+    """Write ``network.safetensors`` and ``network.json`` of a regression or classification.
+
+    Args:
+        folder: Where; rows of features also leave ``features.json``.
+        task: The trained network.
+        config: The run.
+        settings: The task's section as it was built.
+        classes: Names of the outputs; empty for a number.
+        statistics: How features were standardised.
+    """
+    tensors = {name: value.detach().cpu().contiguous() for name, value in task.state_dict().items()}
+    data = save_tensors(tensors)
+    atomic_write(folder / "network.safetensors", data)
+    if statistics is not None:
+        statistics.save(folder / STATISTICS)
+    encoder: Any = task.encoder
+    write_json(
+        folder / "network.json",
+        {
+            "format": 1,
+            "task": settings.model_dump(mode="json"),
+            "encoder": encoder.architecture,
+            "classes": list(classes),
+            "prepare": _to_be_found_again(config.data.prepare).model_dump(mode="json"),
+            "inference": config.inference.model_dump(mode="json"),
+            "items": config.items.model_dump(mode="json"),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        },
+    )
+
+
+def load_target_network(path: Path, device: torch.device | str = "cpu") -> TargetNetwork:
+    """Load what ``save_target_network`` wrote; arguments and errors as for ``load_segmenter``."""
+    folder, about = _read_about(path)
+    try:
+        data = _read_tensors(folder, about)
+        entry = ENCODERS[about["encoder"]["config"]["name"]]
+        source = str(folder / "network.json")
+        channels = int(about["encoder"]["in_channels"])
+        items = validate(ItemsConfig, about["items"], source=source)
+        encoder = entry.build(validate(entry.config, about["encoder"]["config"], source=source), channels)
+        named = TASKS[about["task"]["name"]]
+        config: Any = validate(named.config, about["task"], source=source)
+        dims = {"features": 0, "slice": 2}.get(items.geometry, 3)
+        task: Any = named.build(config, ModelParts(encoder, None, (channels, *(1,) * dims)))
+        task.load_state_dict(load_tensors(data))
+        return TargetNetwork(
+            task.to(device).eval(),
+            config,
+            validate(PrepareConfig, about["prepare"], source=source),
+            validate(InferenceConfig, about["inference"], source=source),
+            items,
+            tuple(about["classes"]),
+            FeatureStatistics.load(folder / STATISTICS) if items.geometry == "features" else None,
+            channels,
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ConfigError) as error:
+        raise _cannot_load(folder, error) from error
+
+
 def load_segmenter(path: Path, device: torch.device | str = "cpu") -> Segmenter:
     """Load what ``save_network`` wrote.
 
@@ -126,17 +225,10 @@ def load_segmenter(path: Path, device: torch.device | str = "cpu") -> Segmenter:
     Raises:
         WeightsError: Not such a folder, or damaged.
     """
-    folder = path / "weights" if (path / "weights" / "network.json").is_file() else path
+    folder, about = _read_about(path)
     file = folder / "network.json"
-    if not file.is_file():
-        cells = sorted(cell.name for cell in (path / "cells").glob("*") if cell.is_dir())[:5]
-        hint = f"for instance {path / 'cells' / cells[0]}" if cells else "such as runs/NAME/cells/CELL"
-        raise WeightsError("no fine-tuned network here", where=str(path), fix=f"name the folder of a cell, {hint}")
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))
-        data = (folder / "network.safetensors").read_bytes()
-        if hashlib.sha256(data).hexdigest() != about["sha256"]:
-            raise ValueError("network.safetensors does not have the checksum that network.json states")
+        data = _read_tensors(folder, about)
         entry = ENCODERS[about["encoder"]["config"]["name"]]
         config = validate(entry.config, about["encoder"]["config"], source=str(file))
         encoder = entry.build(config, about["encoder"]["in_channels"])
@@ -153,21 +245,50 @@ def load_segmenter(path: Path, device: torch.device | str = "cpu") -> Segmenter:
             int(about["encoder"]["in_channels"]),
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ConfigError) as error:
-        raise WeightsError(
-            "the fine-tuned network cannot be loaded",
-            where=str(folder),
-            found=str(error).splitlines()[0],
-            fix="fine-tune again, or copy the whole folder of the cell",
-        ) from error
+        raise _cannot_load(folder, error) from error
+
+
+def _read_about(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of a network and its description."""
+    folder = path / "weights" if (path / "weights" / "network.json").is_file() else path
+    file = folder / "network.json"
+    if not file.is_file():
+        cells = sorted(cell.name for cell in (path / "cells").glob("*") if cell.is_dir())[:5]
+        hint = f"for instance {path / 'cells' / cells[0]}" if cells else "such as runs/NAME/cells/CELL"
+        raise WeightsError("no fine-tuned network here", where=str(path), fix=f"name the folder of a cell, {hint}")
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(about, dict):
+            raise ValueError("network.json holds no object")
+    except (OSError, ValueError) as error:
+        raise _cannot_load(folder, error) from error
+    return folder, about
+
+
+def _read_tensors(folder: Path, about: dict[str, Any]) -> bytes:
+    data = (folder / "network.safetensors").read_bytes()
+    if hashlib.sha256(data).hexdigest() != about["sha256"]:
+        raise ValueError("network.safetensors does not have the checksum that network.json states")
+    return data
+
+
+def _cannot_load(folder: Path, error: Exception) -> WeightsError:
+    return WeightsError(
+        "the fine-tuned network cannot be loaded",
+        where=str(folder),
+        found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+        fix="fine-tune again, or copy the whole folder of the cell",
+    )
 
 
 def predict(weights: Path, inputs: Path, out: Path, *, accelerator: str = "auto") -> Predicted:
-    """Segment volumes and write a label map for each, in the geometry of its input.
+    """Predict volumes: a label map for each in the geometry of its input, or one table with a number or class for each.
 
     Args:
         weights: Folder of a cell.
         inputs: A manifest, one volume, or a folder of volumes.
-        out: Folder for ``<case>.nii.gz``; images and label maps of the input are never overwritten.
+        out: Folder for ``<case>.nii.gz``, or for ``predictions.csv`` (a row per volume: ``subject``, ``case``,
+            ``predicted``, and for classes the probability of each); no file of the input is ever overwritten.
         accelerator: auto, cpu or gpu.
 
     Raises:
@@ -176,6 +297,8 @@ def predict(weights: Path, inputs: Path, out: Path, *, accelerator: str = "auto"
     device = resolve_accelerator(
         validate(TrainingConfig, {"steps": 1, "accelerator": accelerator}, source="--accelerator")
     )
+    if is_target_network(weights):
+        return _predict_targets(load_target_network(weights, device), inputs, out)
     segmenter = load_segmenter(weights, device)
     manifest = input_manifest(inputs, channels=segmenter.channels)
     targets = _targets(manifest, out)
@@ -195,6 +318,81 @@ def predict(weights: Path, inputs: Path, out: Path, *, accelerator: str = "auto"
     if not result.written:
         raise DataError("no volume could be segmented", found="; ".join(result.failed.values())[:500])
     return result
+
+
+def is_target_network(path: Path) -> bool:
+    """Whether the network in a folder predicts one label of a person; False also where there is none."""
+    file = next((one for one in (path / "weights" / "network.json", path / "network.json") if one.is_file()), None)
+    return file is not None and "task" in _read_about(path)[1]
+
+
+def _predict_targets(network: TargetNetwork, inputs: Path, out: Path) -> Predicted:
+    """Write ``predictions.csv``; a volume that cannot be prepared is left out and named."""
+    manifest = input_manifest(inputs, channels=network.channels)
+    target = out / PREDICTIONS
+    read = {manifest.path.resolve()}
+    read |= {path.resolve() for v in manifest.table["volume"] for path in manifest.image_paths(int(v))}
+    if target.resolve() in read:
+        raise ConfigError(
+            "the output would overwrite the input; nothing was written",
+            where=str(target),
+            fix="choose another --out",
+        )
+    result = Predicted()
+    values, done = (
+        _features_predicted(network, manifest) if network.statistics else _volumes_predicted(network, manifest, result)
+    )
+    if not done:
+        raise DataError("no volume could be predicted", found="; ".join(result.failed.values())[:500])
+    rows = manifest.table.set_index("volume").loc[done, ["subject", "case"]].reset_index(drop=True)
+    write_csv(rows.assign(**prediction_columns(values, network.classes)), target)
+    result.written.append(target)
+    result.n_rows = len(rows)
+    return result
+
+
+def _features_predicted(network: TargetNetwork, manifest: Manifest) -> tuple[np.ndarray, list[int]]:
+    """Predictions of all rows; a table that does not fit is refused as a whole.
+
+    Raises:
+        DataError: Other features than the network was trained on, or missing ones.
+    """
+    assert network.statistics is not None
+    settings = FeaturesConfig(
+        columns=list(network.statistics.names), impute="mean" if network.statistics.impute else None
+    )
+    store = open_features(manifest, settings, names=network.statistics.names)
+    volumes = [int(volume) for volume in manifest.table["volume"]]
+    return _outputs(network, store, volumes), volumes
+
+
+def _volumes_predicted(network: TargetNetwork, manifest: Manifest, result: Predicted) -> tuple[np.ndarray, list[int]]:
+    plain = replace(manifest, table=manifest.table.assign(label=None))  # a label map is neither needed nor read
+    done, values = [], []
+    for volume in (int(one) for one in manifest.table["volume"]):
+        case = str(manifest.row(volume)["case"])
+        one = plain.select((plain.table["volume"] == volume).to_numpy(dtype=bool))
+        try:
+            with TemporaryDirectory(prefix="medssl-predict-") as cache:
+                store = prepare(one, network.prepare, Path(cache), slice_axis=network.items.slice_axis)
+                if store.channels != network.channels:
+                    raise DataError(
+                        f"the network takes {network.channels} channels", where=case, found=f"{store.channels} channels"
+                    )
+                values.append(_outputs(network, store, [volume]))
+        except MedsslError as error:
+            result.failed[case] = str(error)
+            continue
+        done.append(volume)
+        log.info("%s", case)
+    return np.concatenate(values) if values else np.empty((0, 1)), done
+
+
+def _outputs(network: TargetNetwork, store: Any, volumes: list[int]) -> np.ndarray:
+    return outputs(
+        network.task, store, volumes, network.items,
+        statistics=network.statistics, batch_size=network.inference.batch_size,
+    )  # fmt: skip
 
 
 def _targets(manifest: Manifest, out: Path) -> dict[int, Path]:

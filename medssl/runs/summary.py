@@ -11,8 +11,10 @@ import pandas as pd
 
 from medssl.config import FinetuneConfig
 from medssl.data.splits import TEST_SPLITS
-from medssl.evaluation.statistics import compare_arms, over_draws
+from medssl.evaluation.statistics import compare_arms, holm, over_draws
+from medssl.reporting.metric import Metric, metric_of
 from medssl.runs.grid import Cell, Result
+from medssl.runs.tasks import TaskRun, task_run
 from medssl.runs.volumes import Cohort
 
 UPPER_BOUND = "upper_bound"
@@ -30,10 +32,12 @@ class Finetuned:
 
     def text(self) -> str:
         """Table and verdict for people."""
-        lines = [f"{'arm':<24}{'labels':>8}  Dice (mean +- sd over draws)"]
+        metric = metric_of(self.summary)
+        lines = [f"{'arm':<24}{'labels':>8}  {metric.axis} (mean +- sd over draws)"]
         for row in self.summary["table"]:
-            spread = "" if row["sd"] is None else f" +- {row['sd']:.3f}"
-            lines.append(f"{row['arm']:<24}{row['n_labelled']:>8}  {row['mean']:.3f}{spread} ({row['n_draws']} draws)")
+            spread = "" if row["sd"] is None else f" +- {metric.text(row['sd'])}"
+            mean = metric.text(row["mean"])
+            lines.append(f"{row['arm']:<24}{row['n_labelled']:>8}  {mean}{spread} ({row['n_draws']} draws)")
         return "\n".join([*lines, "", self.verdict, f"report: {self.report}"])
 
     def to_json(self) -> dict[str, Any]:
@@ -50,44 +54,53 @@ def summarise_grid(
     leak_check: dict[str, Any],
 ) -> Finetuned:
     """Mean, spread and paired intervals of every arm and label fraction, and what they amount to in words."""
+    run = task_run(config, cohort)
+    facts = run.facts()
+    metric = metric_of({"metric": run.metric.name, **facts})
     arms = per_case[per_case["arm"] != UPPER_BOUND]
-    bound = per_case[per_case["arm"] == UPPER_BOUND]
     baseline = config.grid.arms[0].name
-    table = _table(arms, results, config)
-    upper = None
-    if not bound.empty:
-        upper = {"mean": _number(over_draws(bound)["mean"].iloc[0]), "n_labelled": int(bound["n_labelled"].iloc[0])}
-    paired = _paired(arms, baseline) if len(config.grid.arms) > 1 else []
-    verdict = _verdict(table, paired, config.evaluate_on)
+    table = _table(arms, results, run)
+    upper = _upper(per_case[per_case["arm"] == UPPER_BOUND], run)
+    paired = _paired(arms, baseline, run) if len(config.grid.arms) > 1 else []
+    evaluated_on = " and ".join(config.evaluated)
+    verdict = _verdict(table, paired, config.evaluated[0], metric)
     summary = {
         "task": config.task.name,
-        "metric": "dice",
-        "evaluated_on": config.evaluate_on,
+        "metric": metric.name,
+        **facts,
+        "evaluated_on": evaluated_on,
         "baseline": baseline,
         "table": table,
         "paired": paired,
         "upper_bound": upper,
-        "gap_closed": _gap_closed(table, baseline, upper),
+        "gap_closed": _gap_closed(table, baseline, upper, metric),
         "left_out": {
-            "both_empty": int(per_case["dice"].isna().sum()),
+            **({"both_empty": int(per_case["dice"].isna().sum())} if metric.name == "dice" else {}),
             "excluded_cases": list(cohort.left_out),
         },
         "transductive": config.data.transductive,
         "leak_check": leak_check,
-        "notes": _notes(config, cohort),
+        "notes": _notes(config, run),
         "verdict": verdict,
     }
     return Finetuned(summary, folder, verdict=verdict)
 
 
-def _table(arms: pd.DataFrame, results: dict[Cell, Result], config: FinetuneConfig) -> list[dict[str, Any]]:
-    means = over_draws(arms).set_index(["arm", "n_labelled"])
+def _leading(per_case: pd.DataFrame, run: TaskRun) -> pd.DataFrame:
+    """The rows of the split that leads, where there are several."""
+    return per_case[per_case["split"] == run.config.evaluated[0]] if "split" in per_case else per_case
+
+
+def _table(arms: pd.DataFrame, results: dict[Cell, Result], run: TaskRun) -> list[dict[str, Any]]:
+    grid, column = run.config.grid, run.metric.column
+    means = over_draws(_leading(arms, run), metric=column).set_index(["arm", "n_labelled"])
     rows = []
-    for arm in (one.name for one in config.grid.arms):
-        for n in sorted(set(config.grid.n_labelled)):
+    for arm in (one.name for one in grid.arms):
+        for n in sorted(set(grid.n_labelled)):
             part = arms[(arms["arm"] == arm) & (arms["n_labelled"] == n)]
             # People count alike, however many volumes they have; as in the mean.
-            by_draw = part.groupby(["draw", "seed", "group"])["dice"].mean().groupby(level="draw").mean()
+            by_person = _leading(part, run).groupby(["draw", "seed", "group"])[column].mean()
+            by_draw = by_person.groupby(level="draw").mean()
             cells = [result for cell, result in results.items() if cell.arm == arm and cell.n_labelled == n]
             rows.append(
                 {
@@ -100,22 +113,41 @@ def _table(arms: pd.DataFrame, results: dict[Cell, Result], config: FinetuneConf
                     "sd": _number(means.loc[(arm, n), "sd"]),
                     "min": _number(by_draw.min()),
                     "max": _number(by_draw.max()),
-                    "hd95_mm": _number(part["hd95_mm"].mean()),
-                    "hd95_mm_detected": _number(part.loc[~part["missed"].astype(bool), "hd95_mm"].mean()),
-                    "missed": int(part["missed"].astype(bool).sum()),
+                    **_plain(run.details(part)),
                     "seconds": round(sum(cell["seconds"] for cell in cells), 1),
                 }
             )
     return rows
 
 
-def _paired(arms: pd.DataFrame, baseline: str) -> list[dict[str, Any]]:
-    frame = compare_arms(arms, baseline)
-    names = ("arm", "baseline", "n_labelled", "difference", "low", "high", "p_value", "p_holm", "n_people", "n_draws")
+def _upper(bound: pd.DataFrame, run: TaskRun) -> dict[str, Any] | None:
+    if bound.empty:
+        return None
+    mean = over_draws(_leading(bound, run), metric=run.metric.column)["mean"].iloc[0]
+    return {
+        "mean": _number(mean),
+        "n_labelled": int(bound["n_labelled"].iloc[0]),
+        **({"splits": _plain(run.details(bound)["splits"])} if "split" in bound else {}),
+    }
+
+
+def _paired(arms: pd.DataFrame, baseline: str, run: TaskRun) -> list[dict[str, Any]]:
+    """Differences to the baseline, on each split by itself, with p-values corrected over all of them."""
+    splits = run.config.evaluated if len(run.config.evaluated) > 1 else (None,)
+    frames = [
+        compare_arms(arms if split is None else arms[arms["split"] == split], baseline, metric=run.metric.column)
+        for split in splits
+    ]
+    frame = pd.concat([one.assign(split=split) for one, split in zip(frames, splits, strict=True)], ignore_index=True)
+    frame["p_holm"] = holm(frame["p_value"].to_numpy(dtype=float))
+    names = ["arm", "baseline", "n_labelled", "difference", "low", "high", "p_value", "p_holm", "n_people", "n_draws"]
+    names += [] if splits == (None,) else ["split"]
     return [{name: _plain(row[name]) for name in names} for row in frame.to_dict(orient="records")]
 
 
-def _gap_closed(table: list[dict[str, Any]], baseline: str, upper: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _gap_closed(
+    table: list[dict[str, Any]], baseline: str, upper: dict[str, Any] | None, metric: Metric
+) -> list[dict[str, Any]]:
     """Share of the way from the baseline to the upper bound that an arm goes; left out where there is no way to go."""
     if upper is None or upper["mean"] is None:
         return []
@@ -123,51 +155,54 @@ def _gap_closed(table: list[dict[str, Any]], baseline: str, upper: dict[str, Any
     rows = []
     for row in table:
         gap = upper["mean"] - start[row["n_labelled"]]
-        if row["arm"] != baseline and gap > 0:
+        if row["arm"] != baseline and metric.better(gap):
             share = round((row["mean"] - start[row["n_labelled"]]) / gap, 4)
             rows.append({"arm": row["arm"], "n_labelled": row["n_labelled"], "share": share})
     return rows
 
 
-def _verdict(table: list[dict[str, Any]], paired: list[dict[str, Any]], evaluated_on: str) -> str:
+def _verdict(table: list[dict[str, Any]], paired: list[dict[str, Any]], split: str, metric: Metric) -> str:
+    what = metric.measure
     if not paired:
-        best = max(table, key=lambda row: row["mean"] or 0.0)
+        pick = max if metric.higher else min
+        best = pick(table, key=lambda row: 0.0 if row["mean"] is None else row["mean"])
+        reached = f"{metric.text(best['mean'])} {metric.unit}".strip()
         return (
-            f"{best['arm']} reaches a mean Dice of {best['mean']:.3f} with {best['n_labelled']} labelled volumes "
-            f"on {evaluated_on}; there is no other arm to compare it with."
+            f"{best['arm']} reaches a mean {metric.title} of {reached} with {best['n_labelled']} labelled volumes "
+            f"on {split}; there is no other arm to compare it with."
         )
     sentences = []
     for row in paired:
         known = row["low"] is not None and row["high"] is not None
-        where = f"with {row['n_labelled']} labelled"
+        where = f"with {row['n_labelled']} labelled" + (f" on {row['split']}" if "split" in row else "")
+        difference, low, high = (
+            None if row[name] is None else f"{row[name]:+.{metric.digits}f}" for name in ("difference", "low", "high")
+        )
         if not known:
-            sentences.append(f"{row['arm']} {where}: {row['difference']:+.3f} Dice, an interval cannot be given.")
+            sentences.append(f"{row['arm']} {where}: {difference} {what}, an interval cannot be given.")
         elif row["low"] > 0 or row["high"] < 0:
-            direction = "better" if row["low"] > 0 else "worse"
+            direction = "better" if metric.better(row["difference"]) else "worse"
             sentences.append(
-                f"{row['arm']} is {direction} than {row['baseline']} {where}: {row['difference']:+.3f} Dice "
-                f"(95 % interval {row['low']:+.3f} to {row['high']:+.3f})."
+                f"{row['arm']} is {direction} than {row['baseline']} {where}: {difference} {what} "
+                f"(95 % interval {low} to {high})."
             )
         else:
             sentences.append(
                 f"No difference between {row['arm']} and {row['baseline']} {where} can be told from chance: "
-                f"{row['difference']:+.3f} Dice (95 % interval {row['low']:+.3f} to {row['high']:+.3f})."
+                f"{difference} {what} (95 % interval {low} to {high})."
             )
     return " ".join(sentences)
 
 
-def _notes(config: FinetuneConfig, cohort: Cohort) -> list[str]:
+def _notes(config: FinetuneConfig, run: TaskRun) -> list[str]:
     grid = config.grid
-    table = cohort.chosen.table
-    evaluated = table[table["split"] == config.evaluate_on]
     notes = [
         f"Every cell is given n training and {grid.n_validation} labelled validation volumes, on which its best step "
         f"is chosen: n + {grid.n_validation} labels in all.",
-        f"Scored on {int(evaluated['label'].notna().sum())} volumes of {evaluated['group'].nunique()} groups "
-        f"(split `{config.evaluate_on}`), in the geometry of their files.",
+        *run.notes(),
         "Intervals resample draws and groups; cases of one group are averaged first.",
     ]
-    if config.evaluate_on not in TEST_SPLITS:
+    if not set(config.evaluated) <= set(TEST_SPLITS):
         notes.append("These are not test results: settings may have been chosen on these volumes.")
     if config.status:
         notes.append(f"Status: {config.status}")
@@ -185,6 +220,8 @@ def _number(value: Any) -> float | None:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
     if isinstance(value, float):
         return _number(value)
     return value.item() if hasattr(value, "item") else value
