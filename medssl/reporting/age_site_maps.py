@@ -113,9 +113,9 @@ def site_confusion(summary: Mapping[str, Any]) -> Picture | None:
         figure = new_figure(3.1 if len(drawn) > 1 else 4.6)
         panels = figure.subplots(1, len(drawn), squeeze=False, sharey=True)[0]
         for axes, (result, table) in zip(panels, drawn):
-            shares = _shares(table.reindex(index=sites, columns=sites, fill_value=0).to_numpy())
+            shares = shares_of(table.reindex(index=sites, columns=sites, fill_value=0).to_numpy())
             image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-            _cells(axes, shares)
+            name_cells(axes, shares)
             mean = float(np.nanmean(np.diag(shares))) if np.isfinite(np.diag(shares)).any() else float("nan")
             texts.append(f"{short(result)}: mean of the diagonal {number(mean, 2)}")
             axes.set_title(f"{short(result)}\nmean of the diagonal {number(mean, 2)}", loc="left", fontsize=8.5)
@@ -153,13 +153,14 @@ def _counts(result: Result) -> pd.DataFrame | None:
     return pd.DataFrame(counts, index=sites, columns=sites)
 
 
-def _shares(counts: np.ndarray) -> np.ndarray:
+def shares_of(counts: np.ndarray) -> np.ndarray:
     """Counts (K, K) as shares of each row; NaN for a site without people."""
     totals = counts.sum(axis=1, keepdims=True)
     return np.divide(counts, totals, out=np.full_like(counts, np.nan), where=totals > 0)
 
 
-def _cells(axes: Axes, shares: np.ndarray) -> None:
+def name_cells(axes: Axes, shares: np.ndarray) -> None:
+    """Shares in per cent in the cells of a small confusion."""
     if len(shares) > MAX_CELLS_NAMED:
         return
     for (row, column), share in np.ndenumerate(shares):

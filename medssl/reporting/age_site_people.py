@@ -35,7 +35,7 @@ def predicted_ages(summary: Mapping[str, Any], people: pd.DataFrame | None) -> P
         panels = figure.subplots(len(cells) // columns, columns, squeeze=False, sharex=True, sharey=True)
         for axes, (result, frame, name) in zip(panels.ravel(), cells):
             own = frame[frame["set"] == name]
-            _ages(axes, own, (float(low), float(high)))
+            against_truth(axes, own, (float(low), float(high)))
             fit = f"{SETS[name]}: {_fit(own)}"
             texts.append(f"{short(result)}, {fit}")
             axes.set_title(
@@ -64,7 +64,8 @@ def _fit(frame: pd.DataFrame) -> str:
     return f"MAE {number(float(error), 2)} years, n = {len(frame)}" if len(frame) else "nobody"
 
 
-def _ages(axes: Axes, frame: pd.DataFrame, limits: tuple[float, float]) -> None:
+def against_truth(axes: Axes, frame: pd.DataFrame, limits: tuple[float, float]) -> None:
+    """Dots of ``age_pred`` over ``age`` beside the line of exact predictions."""
     axes.plot(limits, limits, color=INK, lw=1)
     if len(frame):
         size = 14 if len(frame) < 200 else 6

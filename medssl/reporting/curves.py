@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from medssl.reporting.drawing import WIDTH, Picture, arm_looks, new_figure, style, svg_bytes
+from medssl.reporting.metric import Metric, metric_of
 from medssl.reporting.scores import NAME, arms_of
 from medssl.reporting.source import Curve
 from medssl.reporting.text import clean, number
@@ -36,16 +37,19 @@ def binned(steps: np.ndarray, values: np.ndarray, last: float) -> tuple[np.ndarr
         return (edges[:-1] + edges[1:]) / 2, totals / np.where(counts > 0, counts, np.nan)
 
 
-def _quantities(curves: Sequence[Curve]) -> list[tuple[str, str]]:
-    """Columns to draw and their axis labels: the loss, and the validation score when there is one."""
+def _quantities(curves: Sequence[Curve], metric: Metric) -> list[tuple[str, str, int]]:
+    """Columns to draw, their axis labels and their sign: the loss, and the validation score when there is one."""
     columns = dict.fromkeys(c for curve in curves for c in curve.metrics.columns if curve.metrics[c].notna().any())
-    scores = [c for c in columns if c.startswith("val") and "dice" in c][:1]
-    return [("loss", "training loss")] * ("loss" in columns) + [(c, "validation Dice") for c in scores]
+    scores = [c for c in columns if c.startswith("val")][:1]
+    # Steps are chosen by what is highest: an error is logged with a minus sign, a class by its log-probability.
+    label = f"validation {metric.axis}" if metric.name != "balanced_accuracy" else "validation\nlog-probability"
+    loss = [("loss", "training loss", 1)] * ("loss" in columns)
+    return loss + [(c, label, 1 if metric.higher else -1) for c in scores]
 
 
 def training_curves(curves: Sequence[Curve], summary: Mapping[str, Any]) -> Picture | None:
-    """Loss and validation Dice of the fine-tunings: thin lines are single ones, the bold line is the arm's median."""
-    quantities = _quantities(curves)
+    """Loss and validation score of the fine-tunings: thin lines are single ones, the bold line is the arm's median."""
+    quantities = _quantities(curves, metric_of(summary))
     if not quantities:
         return None
     known, baselines = arms_of(summary, None)
@@ -58,11 +62,11 @@ def training_curves(curves: Sequence[Curve], summary: Mapping[str, Any]) -> Pict
         figure = new_figure(0.6 + 1.75 * len(shown))
         panels = figure.subplots(len(shown), len(quantities), squeeze=False, sharex="row", sharey="col")
         for row, n in enumerate(shown):
-            for column, (name, label) in enumerate(quantities):
+            for column, (name, label, sign) in enumerate(quantities):
                 axes = panels[row, column]
                 for arm in arms:
                     frames = [c.metrics for c in curves if c.arm == arm and c.n_labelled == n and name in c.metrics]
-                    _arm_curves(axes, frames, name, looks[arm][0])
+                    _arm_curves(axes, frames, name, looks[arm][0], sign)
                 axes.set_title(f"{n} labelled volume{'s' * (n != 1)}", loc="left")
                 axes.set_ylabel(label)
                 axes.margins(x=0.01)
@@ -76,15 +80,17 @@ def training_curves(curves: Sequence[Curve], summary: Mapping[str, Any]) -> Pict
         "One thin line is one fine-tuning (mean of the logged values in 60 spans of steps); a bold line is the median "
         "of an arm." + fewer
     )
-    alt = f"Training curves of {len(curves)} fine-tunings: {', '.join(label for _, label in quantities)} against step"
+    alt = (
+        f"Training curves of {len(curves)} fine-tunings: {', '.join(label for _, label, _ in quantities)} against step"
+    )
     return Picture("training-curves", content, "svg", alt, caption, "Training curves")
 
 
-def _arm_curves(axes: Axes, frames: Sequence[pd.DataFrame], name: str, colour: str) -> None:
+def _arm_curves(axes: Axes, frames: Sequence[pd.DataFrame], name: str, colour: str, sign: int) -> None:
     last = max((frame["step"].max() for frame in frames if len(frame)), default=0)
     lines = []
     for frame in frames:
-        x, y = binned(frame["step"].to_numpy(float), frame[name].to_numpy(float), last)
+        x, y = binned(frame["step"].to_numpy(float), sign * frame[name].to_numpy(float), last)
         if np.isfinite(y).any():
             axes.plot(x[np.isfinite(y)], y[np.isfinite(y)], color=colour, lw=0.7, alpha=0.4)
             lines.append(y)

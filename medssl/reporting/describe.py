@@ -9,6 +9,7 @@ from typing import Any, Final
 import pandas as pd
 import yaml
 
+from medssl.reporting.metric import Metric, metric_of, reference_of
 from medssl.reporting.source import RunFiles
 from medssl.reporting.text import (
     MISSING,
@@ -19,9 +20,9 @@ from medssl.reporting.text import (
     finite,
     missing,
     number,
-    signed,
     spread,
 )
+from medssl.reporting.verdict import on_split
 
 MAX_ROWS: Final = 200
 
@@ -53,56 +54,101 @@ def _whole(value: Any) -> str:
 
 def score_table(summary: Mapping[str, Any]) -> Table | None:
     """One row per arm and number of labels, as the run summarised them."""
+    metric = metric_of(summary)
+    splits = [str(split) for split in summary.get("splits") or []]
+    details = _structure_columns() if metric.name == "dice" else _split_columns(metric, splits)
     columns = [
         "arm",
         "labels: train + validation",
-        "Dice, mean ± sd",
+        f"{metric.axis}, mean ± sd",
         "min to max",
-        "HD95 (mm)",
-        "missed",
+        *details,
         "draws × seeds",
     ]
     rows = [
         [
             clean(row["arm"], 60),
             f"{_whole(row['n_labelled'])} + {_whole(row.get('n_validation'))}",
-            spread(row.get("mean"), row.get("sd")),
-            f"{number(row.get('min'))} to {number(row.get('max'))}",
-            number(row.get("hd95_mm"), 1),
-            _whole(row.get("missed")),
+            metric.spread(row.get("mean"), row.get("sd")),
+            f"{metric.text(row.get('min'))} to {metric.text(row.get('max'))}",
+            *(form(row) for form in details.values()),
             f"{_whole(row.get('n_draws'))} × {_whole(row.get('n_seeds'))}",
         ]
         for row in sorted(summary.get("table") or [], key=lambda row: row["n_labelled"])
     ]
-    caption = (
-        "Dice on the test people: 0 when exactly one of label and prediction is empty, left out when both are. ± is "
-        "the standard deviation over draws and seeds. HD95 counts a missed structure with the diagonal of the image; "
-        "missed is the number of structures that are in the label and not found."
+    return table_of(_score_caption(metric, summary, splits), columns, rows)
+
+
+def _score_caption(metric: Metric, summary: Mapping[str, Any], splits: Sequence[str]) -> str:
+    if metric.name == "dice":
+        return (
+            "Dice on the test people: 0 when exactly one of label and prediction is empty, left out when both are. ± "
+            "is the standard deviation over draws and seeds. HD95 counts a missed structure with the diagonal of the "
+            "image; missed is the number of structures that are in the label and not found."
+        )
+    where = f" on {clean(splits[0], 40)}" if splits else ""
+    known = reference_of(summary)
+    nothing = "" if known is None else f" For comparison, {known[1]}: {metric.text(known[0])}."
+    return (
+        f"{metric.axis[0].upper()}{metric.axis[1:]}{where}; {metric.good} is better. People count alike. ± is the "
+        f"standard deviation over draws.{nothing}"
     )
-    return table_of(caption, columns, rows)
+
+
+def _structure_columns() -> dict[str, Callable[[Mapping[str, Any]], str]]:
+    return {"HD95 (mm)": lambda row: number(row.get("hd95_mm"), 1), "missed": lambda row: _whole(row.get("missed"))}
+
+
+_MEASURES: Final = {"mae": "MAE", "r": "r", "r2": "R²", "balanced_accuracy": "balanced accuracy", "auc": "AUC"}
+
+
+def _split_columns(metric: Metric, splits: Sequence[str]) -> dict[str, Callable[[Mapping[str, Any]], str]]:
+    """Every measure on every split that is not in the first columns already."""
+
+    def cell(split: str, name: str) -> Callable[[Mapping[str, Any]], str]:
+        def form(row: Mapping[str, Any]) -> str:
+            found: Any = row.get("splits")
+            for key in (split, name):
+                found = found.get(key) if isinstance(found, Mapping) else None
+            digits = metric.digits if name == metric.name else 3
+            return spread(found.get("mean"), found.get("sd"), digits) if isinstance(found, Mapping) else MISSING
+
+        return form
+
+    names = ("mae", "r", "r2") if metric.name == "mae" else ("balanced_accuracy", "auc")
+    wanted = [(split, name) for split in splits for name in names if (split, name) != (splits[0], metric.name)]
+    return {
+        _MEASURES[name] + (f", {clean(split, 40)}" if len(splits) > 1 else ""): cell(split, name)
+        for split, name in wanted
+    }
 
 
 def paired_table(summary: Mapping[str, Any]) -> Table | None:
     """The paired differences with their intervals and how each is to be read."""
+    metric = metric_of(summary)
     columns = ["comparison", "reading", "training labels", "difference", "95 % interval", "people", "draws"]
     rows = []
-    for row in sorted(summary.get("paired") or [], key=lambda row: (str(row["arm"]), row["n_labelled"])):
+    for row in sorted(summary.get("paired") or [], key=lambda row: (str(row["arm"]), on_split(row), row["n_labelled"])):
         known = finite(row.get("low")) is not None and finite(row.get("high")) is not None
-        word = ("higher" if row["difference"] > 0 else "lower") if excludes_zero(row) else "no difference shown"
-        interval = f"{signed(row['low'])} to {signed(row['high'])}" if known else "none"
+        better = metric.better(row["difference"])
+        word = metric.good if better else metric.bad
+        if not metric.higher:
+            word += ": better" if better else ": worse"
+        interval = f"{metric.difference(row['low'])} to {metric.difference(row['high'])}" if known else "none"
         rows.append(
             [
-                f"{clean(row['arm'], 60)} against {clean(row['baseline'], 60)}",
-                word,
+                f"{clean(row['arm'], 60)} against {clean(row['baseline'], 60)}{on_split(row)}",
+                word if excludes_zero(row) else "no difference shown",
                 _whole(row["n_labelled"]),
-                signed(row["difference"]),
+                metric.difference(row["difference"]),
                 interval,
                 _whole(row.get("n_people")),
                 _whole(row.get("n_draws")),
             ]
         )
     caption = (
-        "Differences in Dice over the same test people and draws; interval from a bootstrap over people and over draws."
+        f"Differences in {metric.axis} over the same test people and draws; interval from a bootstrap over people and "
+        "over draws."
     )
     return table_of(caption, columns, rows, words=2)
 
@@ -161,6 +207,7 @@ def data_table(run: RunFiles) -> Table | None:
     if run.manifest is None or run.manifest.empty or "subject" not in run.manifest:
         return None
     frame = run.manifest
+    label = str(run.summary.get("target") or "label")
     person = "group" if "group" in frame and frame["group"].notna().any() else "subject"
     split = frame["split"] if "split" in frame else pd.Series(None, index=frame.index, dtype=object)
     split = split.astype(object).where(split.notna(), "no split named")
@@ -170,7 +217,7 @@ def data_table(run: RunFiles) -> Table | None:
     parts = [(clean(name, 40), frame[split == name]) for name in dict.fromkeys(split)]
     rows = []
     for name, part in [*parts, ("all", frame)] if len(parts) > 1 else parts:
-        labelled = int(part["label"].notna().sum()) if "label" in part else 0
+        labelled = int(part[label].notna().sum()) if label in part else 0
         row = [name, str(len(part)), str(labelled), str(part[person].fillna(part["subject"]).nunique())]
         rows.append(row + [_EXTRA[extra](part[extra]) for extra in extras])
     caption = f"The volumes of this run. People are counted by the column \u201c{person}\u201d."

@@ -52,6 +52,16 @@ class Metric:
         """What stands after a number: ``Dice``, ``years MAE``."""
         return f"{self.unit} {self.title}".strip()
 
+    @property
+    def good(self) -> str:
+        """The word for a better value."""
+        return "higher" if self.higher else "lower"
+
+    @property
+    def bad(self) -> str:
+        """The word for a worse value."""
+        return "lower" if self.higher else "higher"
+
     def better(self, difference: float) -> bool:
         """Whether a difference to a baseline is in the right direction."""
         return (difference > 0) == self.higher and difference != 0

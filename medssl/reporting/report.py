@@ -13,7 +13,9 @@ from medssl.reporting.describe import cell_table, gap_table, paired_table, pairs
 from medssl.reporting.drawing import Picture
 from medssl.reporting.page import Section, data_section, notes, some, write_page
 from medssl.reporting.source import RunFiles, read_run, run_kind
-from medssl.reporting.text import Verdict, clean, duration, finite, segmentation_verdict
+from medssl.reporting.targets import confusion, predicted_values
+from medssl.reporting.text import Verdict, clean, duration, finite
+from medssl.reporting.verdict import finetune_verdict
 
 MAX_PICTURE_BYTES: Final = 20_000_000
 
@@ -34,7 +36,7 @@ def build_report(run_dir: Path) -> Path:
 def segmentation_report(run_dir: Path) -> Path:
     """Build the report of a fine-tuning run; see ``build_report``."""
     run = read_run(run_dir, "segmentation")
-    chart = scores.dice_by_labels(run.summary, run.per_case)
+    chart = scores.score_by_labels(run.summary, run.per_case)
     forest = scores.paired_differences(run.summary)
     boxes = scores.class_boxes(run.summary, run.per_case)
     training = curves.training_curves(run.curves, run.summary)
@@ -64,7 +66,33 @@ def segmentation_report(run_dir: Path) -> Path:
     ]
     cells = some(cell_table(run.cells))
     sections.append(Section("cells", "All fine-tunings", "eval/cells.csv was not found.", (), cells, folded=True))
-    return write_page(run, "Few-label segmentation", segmentation_verdict(run.summary), sections)
+    return write_page(run, "Few-label segmentation", finetune_verdict(run.summary), sections)
+
+
+def target_report(run_dir: Path) -> Path:
+    """Build the report of a fine-tuning on one label of a person; see ``build_report``."""
+    run = read_run(run_dir, "target")
+    summary = run.summary
+    people = some(predicted_values(summary, run.per_case), confusion(summary, run.per_case))
+    training = curves.training_curves(run.curves, summary)
+    left_out = pairs_table("Cases that no score counts.", _named(summary.get("left_out")))
+    leak = pairs_table("Check that no person is on both sides of a split.", _named(summary.get("leak_check")))
+    results = some(scores.score_by_labels(summary, run.per_case), scores.paired_differences(summary))
+    compared = some(paired_table(summary), gap_table(summary))
+    sections = [
+        Section("results", "Results", "No scores are available.", results, some(score_table(summary))),
+        Section("paired", "Comparisons", "No paired comparison is available.", (), compared),
+        Section("people", "Predictions", "eval/per_case.csv holds nothing to draw.", people),
+        Section("training", "Training", "No training logs were found.", some(training)),
+        data_section(run),
+        Section("left-out", "Left out and checks", "Nothing was recorded.", (), some(left_out, leak), notes(summary)),
+        Section(
+            "cells", "All fine-tunings", "eval/cells.csv was not found.", (), some(cell_table(run.cells)), folded=True
+        ),
+    ]
+    kind = f"Few-label {clean(summary.get('task', 'prediction'), 30)}"
+    target = f" of {clean(summary['target'], 40)}" if summary.get("target") else ""
+    return write_page(run, kind + target, finetune_verdict(summary), sections)
 
 
 def pretrain_report(run_dir: Path) -> Path:
@@ -155,5 +183,10 @@ def _views(run: RunFiles) -> Picture | None:
 
 
 _REPORTS: Final[Mapping[str, Callable[[Path], Path]]] = MappingProxyType(
-    {"segmentation": segmentation_report, "pretrain": pretrain_report, "age_site": age_site_report}
+    {
+        "segmentation": segmentation_report,
+        "target": target_report,
+        "pretrain": pretrain_report,
+        "age_site": age_site_report,
+    }
 )

@@ -1,4 +1,4 @@
-"""Figures of segmentation scores: Dice by labels, classes, paired differences, examples."""
+"""Figures of the scores of a fine-tuning: score by labels, structures, paired differences, examples."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from medssl.reporting.drawing import INK, Picture, arm_looks, end_labels, new_figure, png_bytes, style, svg_bytes
+from medssl.reporting.metric import METRICS, Metric, metric_of, reference_of
 from medssl.reporting.source import UPPER_BOUND, Overlay
-from medssl.reporting.text import clean, excludes_zero, finite, joined, number, signed
+from medssl.reporting.text import clean, excludes_zero, finite, joined, number
+from medssl.reporting.verdict import on_split
 
 MAX_CLASSES: Final = 12
 LABEL_COLOUR: Final = "#00C8FF"
@@ -31,16 +33,28 @@ def arms_of(summary: Mapping[str, Any], per_case: pd.DataFrame | None) -> tuple[
     return [arm for arm in dict.fromkeys(arms) if arm != UPPER_BOUND], baselines
 
 
-def draw_scores(per_case: pd.DataFrame) -> pd.DataFrame:
-    """Dice of each fine-tuning: mean over classes within a case, then over cases (both-empty pairs are left out)."""
+def leading(per_case: pd.DataFrame | None, summary: Mapping[str, Any]) -> pd.DataFrame | None:
+    """The rows of the split that leads, where several were scored."""
+    splits = summary.get("splits")
+    if per_case is None or "split" not in per_case or not isinstance(splits, list) or not splits:
+        return per_case
+    return per_case[per_case["split"] == str(splits[0])]
+
+
+def draw_scores(per_case: pd.DataFrame, metric: Metric = METRICS["dice"]) -> pd.DataFrame:
+    """Score of each fine-tuning: mean over the rows of a case, then over cases (missing scores are left out).
+
+    The rows of a case are its structures; people with several cases count as often.
+    """
     keys = ["arm", "n_labelled", "draw", "seed"]
-    return per_case.groupby([*keys, "case"])["dice"].mean().groupby(keys).mean().dropna().reset_index()
+    return per_case.groupby([*keys, "case"])[metric.column].mean().groupby(keys).mean().dropna().reset_index()
 
 
-def dice_by_labels(summary: Mapping[str, Any], per_case: pd.DataFrame | None) -> Picture | None:
-    """Dice against the number of labelled volumes: each fine-tuning a dot, a line through the means."""
-    points = None if per_case is None else draw_scores(per_case)
-    means = _means(summary, points)
+def score_by_labels(summary: Mapping[str, Any], per_case: pd.DataFrame | None) -> Picture | None:
+    """Score against the number of labelled volumes: each fine-tuning a dot, a line through the means."""
+    metric, per_case = metric_of(summary), leading(per_case, summary)
+    points = None if per_case is None else draw_scores(per_case, metric)
+    means = _means(summary, points, metric)
     if not means:
         return None
     arms, baselines = arms_of(summary, per_case)
@@ -49,9 +63,11 @@ def dice_by_labels(summary: Mapping[str, Any], per_case: pd.DataFrame | None) ->
     bound = summary.get("upper_bound") or {}
     upper = finite(bound.get("mean"))
     values = [mean for line in means.values() for _, mean in line]
-    values += [] if points is None else list(points["dice"])
+    values += [] if points is None else list(points[metric.column])
     values += [] if upper is None else [upper]
-    low, high = _dice_range(values)
+    known = reference_of(summary)
+    values += [] if known is None else [known[0]]
+    low, high = _dice_range(values) if metric.name == "dice" else _range(values)
     with style():
         figure = new_figure(3.7)
         axes = figure.add_subplot()
@@ -62,7 +78,7 @@ def dice_by_labels(summary: Mapping[str, Any], per_case: pd.DataFrame | None) ->
             if points is not None:
                 own = points[points["arm"] == arm]
                 axes.scatter(
-                    own["n_labelled"] * shift, own["dice"], s=20, color=colour, marker=marker, alpha=0.55, lw=0
+                    own["n_labelled"] * shift, own[metric.column], s=20, color=colour, marker=marker, alpha=0.55, lw=0
                 )
             line = means.get(arm, [])
             axes.plot([n * shift for n, _ in line], [m for _, m in line], color=colour, lw=2, marker="_", ms=13, mew=2)
@@ -81,38 +97,46 @@ def dice_by_labels(summary: Mapping[str, Any], per_case: pd.DataFrame | None) ->
                     ha="center",
                 )
         if upper is not None:
-            axes.axhline(upper, color=INK, lw=1, ls=(0, (5, 3)))
-            text = f"all {clean(bound.get('n_labelled'))} labels: {number(upper)}"
-            axes.annotate(
-                text,
-                (0, upper),
-                xycoords=("axes fraction", "data"),
-                xytext=(4, 4),
-                textcoords="offset points",
-                color=INK,
-            )
+            _level(axes, upper, f"all {clean(bound.get('n_labelled'))} labels: {metric.text(upper)}", (0, (5, 3)))
+        if known is not None:
+            _level(axes, known[0], f"{known[1]}: {metric.text(known[0])}", (0, (1, 1.5)))
         _label_axis(axes, counts, summary)
         axes.set_ylim(low, high)
-        axes.set_ylabel("Dice, mean over structures (0 to 1)")
+        better = "higher is better" if metric.higher else "lower is better"
+        axes.set_ylabel("Dice, mean over structures (0 to 1)" if metric.name == "dice" else f"{metric.axis}; {better}")
         content = svg_bytes(figure)
-    dots = "One dot is one fine-tuning (one draw of labelled volumes with one seed): the mean Dice of all test cases. "
+    dots = "One dot is one fine-tuning (one draw of labelled volumes with one seed): "
+    dots += f"the mean {metric.title} of all test cases. "
     dots = "Single draws are not available. " if points is None else dots
     bar = "The line joins the means. "
     start = "The vertical axis does not start at 0." if low > 0 else ""
     upper_text = "" if upper is None else "The dashed line is training with all labels. "
+    upper_text += "" if known is None else f"The dotted line needs no network: {known[1]}. "
     best = "; ".join(
-        f"{clean(arm, NAME)}: {', '.join(f'{number(m)} with {n}' for n, m in line)}" for arm, line in means.items()
+        f"{clean(arm, NAME)}: {', '.join(f'{metric.text(m)} with {n}' for n, m in line)}" for arm, line in means.items()
     )
-    alt = f"Mean Dice by number of labelled volumes. {best}"
+    alt = f"Mean {metric.axis} by number of labelled volumes. {best}"
     caption = dots + bar + upper_text + start
-    return Picture("dice-by-labels", content, "svg", alt, caption, "Dice against the number of labels")
+    name = f"{metric.name.replace('_', '-')}-by-labels"
+    title = f"{metric.title[0].upper()}{metric.title[1:]} against the number of labels"
+    return Picture(name, content, "svg", alt, caption, title)
 
 
-def _means(summary: Mapping[str, Any], points: pd.DataFrame | None) -> dict[str, list[tuple[int, float]]]:
-    """Mean Dice by arm and number of labels: the summary's, or else the mean of the dots."""
+def _level(axes: Axes, value: float, text: str, dash: tuple[float, tuple[float, float]]) -> None:
+    """A horizontal line with its name at the left."""
+    axes.axhline(value, color=INK, lw=1, ls=dash)
+    axes.annotate(
+        text, (0, value), xycoords=("axes fraction", "data"), xytext=(4, 4), textcoords="offset points", color=INK
+    )
+
+
+def _means(
+    summary: Mapping[str, Any], points: pd.DataFrame | None, metric: Metric
+) -> dict[str, list[tuple[int, float]]]:
+    """Mean score by arm and number of labels: the summary's, or else the mean of the dots."""
     rows = [(str(r["arm"]), int(r["n_labelled"]), finite(r.get("mean"))) for r in summary.get("table") or []]
     if not rows and points is not None:
-        grouped = points.groupby(["arm", "n_labelled"])["dice"].mean()
+        grouped = points.groupby(["arm", "n_labelled"])[metric.column].mean()
         rows = [(str(arm), int(n), float(mean)) for (arm, n), mean in grouped.items()]
     lines: dict[str, list[tuple[int, float]]] = {}
     for arm, n, mean in sorted(rows, key=lambda row: row[1]):
@@ -125,6 +149,13 @@ def _dice_range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     bottom = max(0.0, math.floor((low - 0.03) * 10) / 10)
     return (0.0 if bottom <= 0.2 else bottom), min(1.02, max(high + 0.06, bottom + 0.2))
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """Limits of an axis of any unit; from 0 where the lowest value is near it."""
+    low, high = min(values), max(values)
+    bottom = 0.0 if low < 0.35 * high else low - 0.15 * (high - low) - 0.02 * abs(high)
+    return bottom, high + 0.12 * max(high - bottom, 1e-6)
 
 
 def _label_axis(axes: Axes, counts: Sequence[int], summary: Mapping[str, Any]) -> None:
@@ -198,9 +229,10 @@ def _box(axes: Axes, x: float, step: float, dice: np.ndarray, colour: str, rng: 
 
 def paired_differences(summary: Mapping[str, Any]) -> Picture | None:
     """Forest plot: each paired difference with its 95 % interval beside the line of no difference."""
+    metric = metric_of(summary)
     arms, baselines = arms_of(summary, None)
     rows = [row for row in summary.get("paired") or [] if finite(row["difference"]) is not None]
-    rows.sort(key=lambda r: (arms.index(str(r["arm"])), str(r["baseline"]), r["n_labelled"]))
+    rows.sort(key=lambda r: (arms.index(str(r["arm"])), str(r["baseline"]), on_split(r), r["n_labelled"]))
     if not rows:
         return None
     looks = arm_looks(arms, baselines)
@@ -216,8 +248,8 @@ def paired_differences(summary: Mapping[str, Any]) -> Picture | None:
                 axes.plot([low, high], [y, y], color=colour, lw=2, solid_capstyle="butt")
             face = colour if excludes_zero(row) else "white"
             axes.plot(row["difference"], y, "o", ms=7, mfc=face, mec=colour, mew=1.6, ls="")
-            interval = f"[{signed(low)}, {signed(high)}]" if known else "(no interval)"
-            texts.append(f"{signed(row['difference'])} {interval}")
+            interval = f"[{metric.difference(low)}, {metric.difference(high)}]" if known else "(no interval)"
+            texts.append(f"{metric.difference(row['difference'])} {interval}")
             axes.annotate(
                 texts[-1],
                 (1.02, y),
@@ -233,15 +265,17 @@ def paired_differences(summary: Mapping[str, Any]) -> Picture | None:
         axes.grid(axis="y", visible=False)
         axes.grid(axis="x", visible=True)
         axes.margins(x=0.08)
-        one = f"difference in Dice to {clean(rows[0]['baseline'], NAME)} (right of 0: better)"
-        axes.set_xlabel(one if len(baselines) == 1 else "difference in Dice (right of 0: the first one is better)")
+        side = f"{'right' if metric.higher else 'left'} of 0"
+        one = f"difference in {metric.axis} to {clean(rows[0]['baseline'], NAME)} ({side}: better)"
+        several = f"difference in {metric.axis} ({side}: the first one is better)"
+        axes.set_xlabel(one if len(baselines) == 1 else several)
         content = svg_bytes(figure)
     caption = (
         "One dot is the mean paired difference over the same test people and the same draws; the bar is its 95 % "
         "interval (bootstrap over people and draws). Hollow: no interval, or it includes 0, so no difference is shown. "
         "n counts labelled training volumes."
     )
-    alt = "Paired differences in Dice. " + "; ".join(f"{name}: {text}" for name, text in zip(names, texts))
+    alt = f"Paired differences in {metric.axis}. " + "; ".join(f"{name}: {text}" for name, text in zip(names, texts))
     return Picture("paired-differences", content, "svg", alt, caption, "Paired differences")
 
 
@@ -249,7 +283,7 @@ def _comparison(row: Mapping[str, Any], one_baseline: bool) -> str:
     """Name of a row of the forest plot; a baseline that all share is named once, on the axis."""
     arm = clean(row["arm"], NAME if one_baseline else NAME // 2)
     against = "" if one_baseline else f" \u2212 {clean(row['baseline'], NAME // 2)}"
-    return f"{arm}{against}, n = {row['n_labelled']}"
+    return f"{arm}{against}, n = {row['n_labelled']}{on_split(row)}"
 
 
 def overlay_picture(overlay: Overlay) -> Picture:

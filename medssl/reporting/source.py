@@ -23,6 +23,7 @@ MAX_OVERLAYS: Final = 12
 UPPER_BOUND: Final = "upper_bound"  # the arm that trained with all labels: a line in the chart, no arm to compare
 CELL_NAME: Final = re.compile(r"(?P<arm>.+)-n(?P<n>\d+)-draw(?P<draw>\d+)-seed(?P<seed>\d+)")
 _RANK: Final = ("best", "median", "worst")
+TARGET_TASKS: Final = ("regression", "classification")
 T = TypeVar("T")
 
 
@@ -85,7 +86,7 @@ class RunFiles:
 
 
 def run_kind(folder: Path) -> str:
-    """``age_site``, ``segmentation`` or ``pretrain``, from the files that a run leaves.
+    """``age_site``, ``segmentation``, ``target`` or ``pretrain``, from the files that a run leaves.
 
     Raises:
         DataError: The folder does not exist or is not the folder of a run that can be reported.
@@ -97,7 +98,7 @@ def run_kind(folder: Path) -> str:
         return "age_site"
     finetuned = ("eval/summary.json", "eval/per_case.csv", "eval/cells.csv", "cells")
     if any((folder / name).exists() for name in finetuned):
-        return "segmentation"
+        return "target" if _task(folder) in TARGET_TASKS else "segmentation"
     if (folder / "eval/pretrain.json").is_file() or (folder / "logs/metrics.csv").is_file():
         return "pretrain"
     raise DataError(
@@ -106,6 +107,20 @@ def run_kind(folder: Path) -> str:
         found="none of eval/summary.json, eval/age_site.json, eval/pretrain.json and logs/metrics.csv",
         fix="name the folder of a finished or started run",
     )
+
+
+def _task(folder: Path) -> str | None:
+    """The task of a fine-tuning by its summary, or by its configuration while there is none; None: unreadable."""
+    for name, read in (("eval/summary.json", _read_object), ("config.yaml", read_yaml)):
+        try:
+            found = read(folder / name)
+        except (MedsslError, OSError, ValueError, RecursionError):
+            continue
+        task = found.get("task") if isinstance(found, dict) else None
+        task = task.get("name") if isinstance(task, dict) else task
+        if isinstance(task, str):
+            return task
+    return None
 
 
 def read_run(folder: Path, kind: str) -> RunFiles:
@@ -131,6 +146,22 @@ def _read_segmentation_parts(run: RunFiles) -> None:
     run.summary = run.attempt("eval/summary.json", _read_summary, "scores and comparisons cannot be shown", {})
     run.per_case = run.attempt("eval/per_case.csv", _read_per_case, "single draws and classes cannot be shown", None)
     run.cells = run.attempt("eval/cells.csv", _read_table, "single fine-tunings cannot be listed", None)
+    _read_curves(run)
+    names = sorted((p.name for p in run.folder.glob("eval/overlays/*.npz")), key=lambda name: (_rank(name), name))
+    found = (run.attempt(f"eval/overlays/{name}", _read_overlay, None, None) for name in names[:MAX_OVERLAYS])
+    run.overlays = [overlay for overlay in found if overlay is not None]
+    if len(names) > MAX_OVERLAYS:
+        run.gaps.append(f"{len(names) - MAX_OVERLAYS} more overlays are in eval/overlays and not shown.")
+
+
+def _read_target_parts(run: RunFiles) -> None:
+    run.summary = run.attempt("eval/summary.json", _read_summary, "scores and comparisons cannot be shown", {})
+    run.per_case = run.attempt("eval/per_case.csv", _read_predictions, "predictions cannot be shown", None)
+    run.cells = run.attempt("eval/cells.csv", _read_table, "single fine-tunings cannot be listed", None)
+    _read_curves(run)
+
+
+def _read_curves(run: RunFiles) -> None:
     for path in sorted(run.folder.glob("cells/*/logs/metrics.csv")):
         match = CELL_NAME.fullmatch(path.parent.parent.name)
         if match and match["arm"] != UPPER_BOUND:
@@ -138,11 +169,6 @@ def _read_segmentation_parts(run: RunFiles) -> None:
             frame = run.attempt(name, _read_metrics, None, None)
             if frame is not None:
                 run.curves.append(Curve(match["arm"], int(match["n"]), frame))
-    names = sorted((p.name for p in run.folder.glob("eval/overlays/*.npz")), key=lambda name: (_rank(name), name))
-    found = (run.attempt(f"eval/overlays/{name}", _read_overlay, None, None) for name in names[:MAX_OVERLAYS])
-    run.overlays = [overlay for overlay in found if overlay is not None]
-    if len(names) > MAX_OVERLAYS:
-        run.gaps.append(f"{len(names) - MAX_OVERLAYS} more overlays are in eval/overlays and not shown.")
 
 
 def _read_age_site_parts(run: RunFiles) -> None:
@@ -154,7 +180,12 @@ def _read_age_site_parts(run: RunFiles) -> None:
 
 
 _PARTS: Final[Mapping[str, Callable[[RunFiles], None]]] = MappingProxyType(
-    {"segmentation": _read_segmentation_parts, "pretrain": _read_pretrain_parts, "age_site": _read_age_site_parts}
+    {
+        "segmentation": _read_segmentation_parts,
+        "pretrain": _read_pretrain_parts,
+        "target": _read_target_parts,
+        "age_site": _read_age_site_parts,
+    }
 )
 
 
@@ -211,6 +242,21 @@ def _read_per_case(path: Path) -> pd.DataFrame:
     for name in ("arm", "case", "class"):
         frame[name] = frame[name].astype(str)
     return frame[frame["arm"] != UPPER_BOUND].reset_index(drop=True)
+
+
+def _read_predictions(path: Path) -> pd.DataFrame:
+    """Predictions of people: numbers with ``abs_error``, or names of classes with ``balanced``."""
+    frame = pd.read_csv(path, keep_default_na=False, dtype=str)
+    number = "abs_error" in frame
+    numbers = ["n_labelled", "draw", *(("true", "predicted", "abs_error") if number else ("balanced",))]
+    lacking = {"arm", "case", "split", "true", "predicted", *numbers} - set(frame)
+    if lacking:
+        raise ValueError(f"columns missing: {', '.join(sorted(lacking))}")
+    frame["seed"] = pd.to_numeric(frame["seed"], errors="coerce").fillna(0) if "seed" in frame else 0
+    for name in numbers:
+        frame[name] = pd.to_numeric(frame[name], errors="coerce").replace([np.inf, -np.inf], np.nan)
+    known = frame[["n_labelled", "draw"]].notna().all(axis=1) & (frame["arm"] != UPPER_BOUND)
+    return frame[known].astype({"n_labelled": int, "draw": int}).reset_index(drop=True)
 
 
 def _read_people(path: Path) -> pd.DataFrame:

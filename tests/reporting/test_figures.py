@@ -6,7 +6,8 @@ from report_fixture import finetune_run
 from medssl.reporting import curves, scores
 from medssl.reporting.drawing import arm_looks
 from medssl.reporting.source import Overlay
-from medssl.reporting.text import clean, excludes_zero, joined, segmentation_verdict
+from medssl.reporting.text import clean, excludes_zero, joined
+from medssl.reporting.verdict import finetune_verdict
 
 
 def paired(low, high, difference=0.05, n=2, **extra):
@@ -15,7 +16,7 @@ def paired(low, high, difference=0.05, n=2, **extra):
 
 
 def test_verdict_says_no_difference_when_the_interval_includes_zero():
-    verdict = segmentation_verdict({"paired": [paired(-0.01, 0.11)]})
+    verdict = finetune_verdict({"paired": [paired(-0.01, 0.11)]})
     assert verdict.headline == "No difference between gcl and scratch was shown with 2 labelled volumes."
     assert "it includes 0: no difference shown" in verdict.lines[0]
 
@@ -23,12 +24,12 @@ def test_verdict_says_no_difference_when_the_interval_includes_zero():
 @pytest.mark.parametrize(("low", "high"), [(0.0, 0.1), (-0.1, 0.0), (None, 0.1), (0.01, None), (float("nan"), 0.2)])
 def test_an_interval_that_touches_zero_or_is_missing_shows_nothing(low, high):
     assert not excludes_zero(paired(low, high))
-    assert segmentation_verdict({"paired": [paired(low, high)]}).headline.startswith("No difference")
+    assert finetune_verdict({"paired": [paired(low, high)]}).headline.startswith("No difference")
 
 
 def test_verdict_tells_gains_losses_and_open_cases_apart():
     rows = [paired(0.01, 0.1, n=1), paired(-0.02, 0.1, n=4), paired(-0.2, -0.1, difference=-0.15, n=8)]
-    headline = segmentation_verdict({"paired": rows}).headline
+    headline = finetune_verdict({"paired": rows}).headline
     assert headline == (
         "gcl reached higher Dice than scratch with 1 labelled volume and lower Dice than scratch with 8 labelled "
         "volumes; no difference was shown with 4."
@@ -37,35 +38,35 @@ def test_verdict_tells_gains_losses_and_open_cases_apart():
 
 def test_many_arms_are_counted_in_the_headline_and_named_below():
     rows = [paired(0.01, 0.1), paired(-0.01, 0.1, n=4), paired(-0.3, -0.1, difference=-0.2, arm="lcl")]
-    verdict = segmentation_verdict({"paired": rows})
+    verdict = finetune_verdict({"paired": rows})
     assert verdict.headline.startswith(
         "Of 3 paired comparisons with the baseline, 1 show a higher Dice, 1 a lower one and 1 no"
     )
     assert any(line.startswith("lcl reached lower Dice") for line in verdict.lines)
-    assert segmentation_verdict({"paired": [paired(-1, 1), paired(-1, 1, arm="lcl")]}).headline.startswith("None of 2")
+    assert finetune_verdict({"paired": [paired(-1, 1), paired(-1, 1, arm="lcl")]}).headline.startswith("None of 2")
 
 
 def test_long_verdicts_keep_their_numbers():
     rows = [paired(-0.01, 0.1, n=n, difference=0.04 + n / 1000) for n in range(1, 9)]
-    verdict = segmentation_verdict({"paired": rows})
+    verdict = finetune_verdict({"paired": rows})
     assert len(verdict.lines) == 1
     assert "+0.041 (n = 1)" in verdict.lines[0]
     assert "+0.048 (n = 8)" in verdict.lines[0]
 
 
 def test_a_verdict_of_the_run_never_hides_the_computed_one():
-    verdict = segmentation_verdict({"paired": [paired(-0.01, 0.1)], "verdict": "gcl wins"})
+    verdict = finetune_verdict({"paired": [paired(-0.01, 0.1)], "verdict": "gcl wins"})
     assert verdict.headline == "gcl wins"
     assert verdict.lines[0].startswith("No difference between gcl and scratch")
 
 
 def test_verdict_warns_of_one_draw_few_people_and_transductive_pretraining():
     cautions = " ".join(
-        segmentation_verdict({"paired": [paired(0.1, 0.2, n_draws=1, n_people=4)], "transductive": True}).cautions
+        finetune_verdict({"paired": [paired(0.1, 0.2, n_draws=1, n_people=4)], "transductive": True}).cautions
     )
     for word in ("one draw", "Only 4 people", "Transductive"):
         assert word in cautions
-    assert segmentation_verdict({"paired": [paired(0.1, 0.2)]}).cautions == []
+    assert finetune_verdict({"paired": [paired(0.1, 0.2)]}).cautions == []
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_five_arms_keep_their_dots_and_names(tmp_path):
     arms = ("scratch", "simclr", "gcl", "lcl", "gcl+lcl")
     summary = finetune_run(tmp_path / "run", arms=arms, counts=(1, 4), draws=2, cases=2)
     frame = pd.read_csv(tmp_path / "run/eval/per_case.csv")
-    picture = scores.dice_by_labels(summary, frame)
+    picture = scores.score_by_labels(summary, frame)
     assert all(arm in picture.alt for arm in arms)
     assert picture.file.count(b"<use ") >= 5 * 2 * 2
     assert b"<text" not in picture.file  # glyphs are outlines: no font is needed
@@ -134,7 +135,7 @@ def test_charts_are_absent_when_there_is_nothing_to_draw():
     empty = pd.DataFrame(
         {"arm": ["a"], "n_labelled": [1], "draw": [0], "seed": [0], "case": ["p"], "class": ["x"], "dice": [np.nan]}
     )
-    assert scores.dice_by_labels({}, empty) is None
+    assert scores.score_by_labels({}, empty) is None
     assert scores.class_boxes({}, empty) is None
     assert scores.paired_differences({}) is None
     assert curves.training_curves([], {}) is None
