@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -552,12 +552,16 @@ def doctor(
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the cohort and the runs.")] = Path("runs/demo"),
     smoke: Annotated[bool, typer.Option("--smoke", help="The same path in seconds; its numbers mean nothing.")] = False,
+    half: Annotated[
+        Literal["cardiac", "brain", "both"],
+        typer.Option(help="cardiac: few-label segmentation; brain: brain age and site."),
+    ] = "both",
     as_json: Json = False,
 ) -> None:
-    """Run the main job on a small generated cohort and end with a report. No download, no GPU needed."""
+    """Run both jobs on small generated cohorts and end with a report. No download, no GPU needed."""
     from medssl.runs.demo import demo as run
 
-    _show(run(out, smoke=smoke), as_json)
+    _show(run(out, smoke=smoke, half=half), as_json)
 
 
 def main() -> None:

@@ -107,13 +107,17 @@ def write_page(run: RunFiles, kind: str, verdict: Verdict, sections: Sequence[Se
         target = run.folder / "figures" / f"{picture.name}.{picture.suffix}"
         if picture.name != "views":  # pretraining wrote it there itself
             atomic_write(target, picture.file)
-    environment = jinja2.Environment(
+    path = atomic_write(run.folder / "report.html", templates().get_template("report.html").render(page=page))
+    log.info("report written: %s", path)
+    return path
+
+
+def templates() -> jinja2.Environment:
+    """The templates of pages; whatever is put into them is escaped."""
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("medssl.reporting", "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    path = atomic_write(run.folder / "report.html", environment.get_template("report.html").render(page=page))
-    log.info("report written: %s", path)
-    return path
