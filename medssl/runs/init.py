@@ -20,7 +20,7 @@ from medssl.config import CONFIGS
 from medssl.core.errors import ConfigError, DataError
 from medssl.core.files import atomic_write, parse_yaml
 from medssl.core.schema import validate
-from medssl.data.feature_store import open_features
+from medssl.data.feature_store import FeatureStore, open_features
 from medssl.data.features import FeaturesConfig, is_feature_file
 from medssl.data.manifest import Manifest, read_manifest
 from medssl.data.splits import TEST_SPLITS
@@ -41,6 +41,7 @@ WIDTHS: Final = {2: (16, 32, 64, 128, 128, 128), 3: (16, 32, 64, 128)}
 PARTITIONS: Final = 4
 SLAB: Final = 16
 N_LABELLED: Final = (1, 2, 8)
+TARGET_LABELLED: Final = (8, 32, 128)
 N_VALIDATION: Final = 2
 FEATURE_BATCH: Final = 128
 
@@ -114,8 +115,12 @@ def write_config(
         geometry, notes = "features", []
     else:
         grid, notes = fit_grid(loaded)
-        more = _pretrain_values(loaded, grid) if kind == "pretrain" else _finetune_values(loaded)
-        template, values, geometry = kind, {"grid": grid, **more}, grid.geometry
+        target = target_column(loaded) if kind == "finetune" and not loaded.table["label"].notna().any() else None
+        if target is not None:
+            template, more = "finetune_target", _target_values(loaded, target)
+        else:
+            template, more = kind, _pretrain_values(loaded, grid) if kind == "pretrain" else _finetune_values(loaded)
+        values, geometry = {"grid": grid, **more}, grid.geometry
         about = f"{_shown(grid.median_spacing)} mm (median of {grid.n_volumes} volumes): " + (
             f"2D slices along axis {grid.slice_axis}" if grid.geometry == "slice" else "3D"
         )
@@ -130,19 +135,23 @@ def _feature_values(kind: str, manifest: Manifest) -> tuple[str, dict[str, Any],
     """Template, its values, and a line about the table, for a manifest of feature rows.
 
     Raises:
-        ConfigError: Fine-tuning, which segments images.
-        DataError: Rows that cannot be read, or fewer than two to train on.
+        DataError: Rows that cannot be read, or fewer than two to train on; (finetune) no target, no split or too few
+            people with a target.
     """
     if kind != "pretrain":
-        raise ConfigError(
-            "fine-tuning segments images; the manifest names rows of feature tables",
-            where=str(manifest.path),
-            fix="pretrain on them (`medssl init pretrain`), then embed them and evaluate the embedding",
-        )
+        target = target_column(manifest)
+        if target is None:
+            raise DataError(
+                "the manifest fills neither `age` nor `diagnosis`, so there is nothing to fine-tune on",
+                where=str(manifest.path),
+                fix="fill one of them, or read another column under its name with --map",
+            )
+        store = open_features(manifest, FeaturesConfig(impute="mean"))
+        values = {**_target_values(manifest, target), **_missing_values(store), "grid": None}
+        return "finetune_target", values, f"{len(manifest)} rows of {store.channels} features"
     splits = _split_values(manifest)
     chosen = in_splits(manifest, ("train",)) if manifest.table["split"].notna().any() else manifest
     store = open_features(chosen, FeaturesConfig(impute="mean"))
-    n_missing = int(np.isnan(store.values).any(axis=1).sum())
     if len(chosen) < 2:
         raise DataError("a contrast needs two rows at least", where=str(manifest.path), found=f"{len(chosen)} rows")
     ages = chosen.table["age"]
@@ -152,13 +161,46 @@ def _feature_values(kind: str, manifest: Manifest) -> tuple[str, dict[str, Any],
         **splits,
         "method": "y_aware" if by_age else "simclr",
         "why_not_age": why,
-        "n_features": store.channels,
+        **_missing_values(store),
         "n_rows": len(chosen),
         "batch": min(FEATURE_BATCH, len(chosen)),
+    }
+    return "pretrain_features", values, f"{len(chosen)} rows of {store.channels} features"
+
+
+def _missing_values(store: FeatureStore) -> dict[str, Any]:
+    """How many features there are, and what to do about missing ones."""
+    n_missing = int(np.isnan(store.values).any(axis=1).sum())
+    return {
+        "n_features": store.channels,
         "impute": "mean" if n_missing else "null",
         "impute_note": f"{n_missing} rows lack a feature; null refuses them" if n_missing else "no feature is missing",
     }
-    return "pretrain_features", values, f"{len(chosen)} rows of {store.channels} features"
+
+
+def target_column(manifest: Manifest) -> str | None:
+    """What a manifest without label maps can be fine-tuned on: the first of diagnosis and age in which people differ.
+
+    Diagnosis comes first because a cohort that has it was collected for it.
+    """
+    table = manifest.table
+    return next((name for name in ("diagnosis", "age") if name in table and table[name].nunique() > 1), None)
+
+
+def _target_values(manifest: Manifest, target: str) -> dict[str, Any]:
+    classes = int(manifest.table[target].nunique()) if target == "diagnosis" else 0
+    known = _finetune_values(manifest, target)
+    left = known["upper_bound"]
+    sizes = sorted({n for n in TARGET_LABELLED if max(2, classes) <= n <= left}) or [left]
+    everyone = manifest.table
+    missing = everyone[everyone[target].isna() & (everyone["split"] == known["evaluate_on"])]
+    return {
+        **known,
+        "target": target,
+        "task": "classification" if classes else "regression",
+        "n_labelled": tuple(sizes),
+        "exclude": json.dumps([str(case) for case in missing["case"]], ensure_ascii=False),
+    }
 
 
 def _template(kind: str) -> jinja2.Template:
@@ -317,19 +359,20 @@ def _pretrain_values(manifest: Manifest, grid: Grid) -> dict[str, Any]:
     }
 
 
-def _finetune_values(manifest: Manifest) -> dict[str, Any]:
-    table = manifest.table
+def _finetune_values(manifest: Manifest, column: str = "label") -> dict[str, Any]:
+    """Splits and sizes that fit the volumes with a label map, or with a value of another column."""
+    table, what = manifest.table, "a label" if column == "label" else f"a value of `{column}`"
     if not table["split"].notna().any():
         raise DataError(
             "the manifest holds no split, so there is nobody to evaluate on",
             where=str(manifest.path),
             fix="run `medssl data split` first",
         )
-    labelled = table[table["label"].notna()]
+    labelled = table[table[column].notna()]
     groups = {name: int(part["group"].nunique()) for name, part in labelled.groupby("split")}
     evaluated = next((name for name in (*TEST_SPLITS, "validation") if groups.get(name)), None)
     if evaluated is None:
-        raise DataError("no volume of the splits test and validation has a label", where=str(manifest.path))
+        raise DataError(f"no volume of the splits test and validation has {what}", where=str(manifest.path))
     n_groups = groups.get("train", 0)
     if n_groups < 2:
         raise DataError(
@@ -338,7 +381,7 @@ def _finetune_values(manifest: Manifest) -> dict[str, Any]:
             found=f"{n_groups} labelled groups in the split train",
             fix="label more volumes, or split again (`medssl data split`)",
         )
-    n_validation = min(N_VALIDATION, n_groups - 1)
+    n_validation = min(N_VALIDATION if column == "label" else max(N_VALIDATION, n_groups // 10), n_groups - 1)
     left = n_groups - n_validation
     return {
         "evaluate_on": evaluated,

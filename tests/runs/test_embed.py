@@ -285,7 +285,7 @@ def test_init_says_what_a_table_lacks(tmp_path):
     write_config("pretrain", manifest, tmp_path / "c.yaml")
     written = load_any(tmp_path / "c.yaml")
     assert (written.method.name, written.data.features.impute) == ("simclr", "mean")
-    with pytest.raises(ConfigError, match="segments images"):
+    with pytest.raises(DataError, match="neither `age` nor `diagnosis`"):
         write_config("finetune", manifest, tmp_path / "f.yaml")
 
 

@@ -14,11 +14,12 @@ from medssl.data.cohorts import synthetic
 from medssl.data.cohorts.facts import read_facts
 from medssl.data.cohorts.synthetic_openbhb import MASK
 from medssl.data.manifest import read_manifest
+from medssl.runs.finetune import finetune
 from medssl.runs.pretrain import pretrain
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "openbhb"
-RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("finetune"))
 IMAGES = [name for name in RECIPES if not name.startswith("regions")]
 SHORT = ("training.steps=1", "training.accelerator=cpu", "training.workers=0", "data.jobs=1", "training.log_every=1")
 # Narrow networks: the published ones are looked at in tests/models.
@@ -114,3 +115,28 @@ def test_there_is_a_recipe_for_each_published_row_and_the_results_are_not_called
         )
         percent, error, printed = map(float, found.groups())
         assert printed == score == pytest.approx((percent / 100) ** 0.3 * error, abs=0.01)
+
+
+@pytest.mark.parametrize("recipe", ["finetune_age", "finetune_age_regions"])
+def test_fine_tuning_recipes_run_from_the_weights_of_their_pretraining(workplace, monkeypatch, recipe):
+    monkeypatch.chdir(workplace)
+    for step in ("pretrain", "finetune"):
+        monkeypatch.setattr(f"medssl.runs.{step}.build_report", lambda folder: None)
+    tune = load_any(CONFIGS / f"{recipe}.yaml")
+    weights = next(str(arm.weights) for arm in tune.grid.arms if arm.weights)
+    first = weights.removeprefix("runs/openbhb_")
+    if not (workplace / weights / "weights").is_dir():  # the other tests of this file may have left them
+        pretrain(shortened(first))
+    assert load_any(CONFIGS / f"{first}.yaml").model.encoder == tune.model.encoder
+    network = next(value for name, value in NARROW.items() if first.startswith(name))
+    few = ["grid.n_labelled=[3]", "grid.draws=1", "grid.n_validation=2", "batch_size=3", "training.validate_every=1"]
+    bound = "grid.upper_bound=false"
+    short = [one for one in SHORT if "jobs" not in one or recipe == "finetune_age"]
+    done = finetune(load_any(CONFIGS / f"{recipe}.yaml", [*short, *few, bound, network]))
+    assert [row["arm"] for row in done.summary["table"]] == [
+        "scratch",
+        first.split("_", 2 if "mlp" in first else 1)[-1],
+    ]
+    assert set(done.summary["table"][0]["splits"]) == {"internal_test", "external_test"}
+    assert {row["split"] for row in done.summary["paired"]} == {"internal_test", "external_test"}
+    assert any("was pretrained with the column `age`" in note for note in done.summary["notes"])
