@@ -28,6 +28,7 @@ from medssl.data.integrity import CODES
 from medssl.methods import METHODS, TASKS, EnDConfig, FairKLConfig, TargetConfig
 from medssl.methods.decoupled_uniformity import PriorConfig
 from medssl.methods.kernels import AttributeKernel, KernelConfig
+from medssl.methods.targets import LastBlocks
 from medssl.models import ENCODERS
 from medssl.samplers import SAMPLERS
 from medssl.transforms.augment_config import AugmentConfig
@@ -252,6 +253,7 @@ def finetune_sections() -> str:
         [
             class_table(FinetuneConfig, only=own),
             _named("task", TASKS),
+            f"### `task.train`, as `{{last_blocks: k}}`\n\n{class_table(LastBlocks)}",
             f"### `task.mixup`\n\n{_summary(mixup)}\n\n{class_table(mixup)}",
             f"### `grid`\n\n{class_table(grid)}",
             f"### `grid.arms`, each\n\n{class_table(arm)}",

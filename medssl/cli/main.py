@@ -342,11 +342,14 @@ def embed(
 def predict(
     weights: Annotated[Path, typer.Argument(help="Cell of a fine-tuning run (runs/NAME/cells/CELL).")],
     inputs: Annotated[Path, typer.Argument(help="A manifest.csv, one volume, or a folder of volumes.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the predicted label maps.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for label maps, or predictions.csv.")],
     accelerator: Accelerator = None,
     as_json: Json = False,
 ) -> None:
-    """Segment new volumes; label maps come back in the geometry of their input. Exit code 3 when a volume failed."""
+    """Predict new volumes: label maps in the geometry of their input, or a table of numbers or classes.
+
+    Exit code 3 when a volume failed.
+    """
     from medssl.runs.predict import predict as run
 
     result = run(weights, inputs, out, accelerator=accelerator or "auto")
