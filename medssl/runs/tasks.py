@@ -360,7 +360,8 @@ class TargetRun(TaskRun):
             if n is not None:
                 notes.append(
                     f"`{arm.name}` was pretrained with the column `{self.column}` of {n} images or rows: the number of "
-                    "labels counts those of fine-tuning alone, not those of its pretraining."
+                    "labels counts those of fine-tuning alone, not those of its pretraining. Its validation people may "
+                    "be among them, so that its best validation score flatters it."
                 )
         unlabelled = int(self.pool.table[self.column].isna().sum())
         if unlabelled:
