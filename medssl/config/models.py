@@ -269,6 +269,12 @@ class FinetuneConfig(RunConfig):
             if len(self.evaluated) > 1:
                 raise ValueError(f"evaluate_on: task `{self.task.name}` scores one split")
             return
+        if self.model.decoder_blocks is not None:
+            raise ValueError(f"task `{self.task.name}` trains no decoder: remove model.decoder_blocks")
+        if self.inference.window is not None:
+            raise ValueError(f"inference.window: task `{self.task.name}` sees items whole: remove it")
+        if self.save_predictions == "none":
+            raise ValueError(f"save_predictions: task `{self.task.name}` writes no label maps; remove it")
         if self.grid.published_draws is not None:
             raise ValueError(f"grid.published_draws: lists of label maps; task `{self.task.name}` draws its own")
         if self.task.train != "whole" and all(arm.weights is None for arm in self.grid.arms):

@@ -113,6 +113,9 @@ VALUES = {
         ({"evaluate_on": ["test", "train"]}, "`train` is one of data.splits"),
         ({"evaluate_on": ["test", "test"]}, "named twice"),
         ({"grid": {"published_draws": "list.csv"}}, "published_draws"),
+        ({"model": {"encoder": {"name": "mlp"}, "decoder_blocks": 1}}, "remove model.decoder_blocks"),
+        ({"inference": {"window": [4, 4, 4]}}, "sees items whole"),
+        ({"save_predictions": "none"}, "writes no label maps"),
     ],
 )
 def test_configurations_that_cannot_mean_anything_are_refused(changes, part):
