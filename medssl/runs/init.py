@@ -115,9 +115,9 @@ def write_config(
         geometry, notes = "features", []
     else:
         grid, notes = fit_grid(loaded)
-        target = target_column(loaded) if kind == "finetune" and not loaded.table["label"].notna().any() else None
-        if target is not None:
-            template, more = "finetune_target", _target_values(loaded, target)
+        column = target_column(loaded) if kind == "finetune" and not loaded.table["label"].notna().any() else None
+        if column is not None:
+            template, more = "finetune_target", _target_values(loaded, column)
         else:
             template, more = kind, _pretrain_values(loaded, grid) if kind == "pretrain" else _finetune_values(loaded)
         values, geometry = {"grid": grid, **more}, grid.geometry
