@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from medssl.config import FinetuneConfig, PretrainConfig, load_config
 from medssl.core.files import atomic_write
 from medssl.data.cohorts import synthetic
 from medssl.data.manifest import read_manifest
+from medssl.reporting.text import labels_phrase, spread
 from medssl.runs import cohort as cohorts
 from medssl.runs.demo_parts import Half, checked, one_thread, shell, stages, status, yaml_path
 from medssl.runs.finetune import finetune
@@ -228,10 +230,17 @@ def _half(done: Finetuned, commands: tuple[str, ...], seconds: float) -> Half:
     return Half(
         name="cardiac",
         verdict=done.verdict,
-        lines=(),
+        lines=tuple(_line(row) for row in done.summary["table"]),
         table=tuple(table.splitlines()),
         report=done.report,
         seconds=seconds,
         summary=done.summary,
         commands=commands,
     )
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """What one arm reached with so many labels."""
+    draws = f" over {row['n_draws']} draws" if row["n_draws"] > 1 else ""
+    labels = labels_phrase(row["n_labelled"], row["n_validation"])
+    return f"{row['arm']}, {labels}: Dice {spread(row['mean'], row['sd'])}{draws}."
