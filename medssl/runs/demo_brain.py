@@ -4,7 +4,7 @@ The cohort was fixed before anything was trained on it. Method settings were cho
 on people set aside there for validation, one training each: from the time budget, and from whether a training leaves
 its plateau within it (fewer steps, augmented views or narrow projections did not always). FairKL compares moments:
 its divergence does not depend on how far similarities are spread, so that a weight of 1 kept L^exp on its plateau and
-age was lost, while one of 0.3 changed little. Weight 50 kept less of age than 10, and neither less of the site. The
+age was lost, while one of 0.3 changed little. Weight 50 kept less of age than 10 and hid the site no better. The
 verdict is what comes out on this cohort.
 """
 
