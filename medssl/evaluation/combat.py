@@ -28,7 +28,7 @@ from medssl.evaluation.probes import Floats, Ints, Texts, features, names, numbe
 
 log = logging.getLogger(__name__)
 
-Covariates = pd.DataFrame | Mapping[str, Any] | None
+Covariates = pd.DataFrame | pd.Series | Mapping[str, Any] | npt.NDArray[Any] | None
 TOLERANCE: Final = 1e-4
 """The iteration stops when no posterior mean or variance changes by more than this share of itself, as elsewhere."""
 _MAX_ITERATIONS: Final = 10_000
@@ -84,7 +84,8 @@ class ComBat(TransformerMixin, BaseEstimator):
             X: (n, F) features.
             y: Ignored, as scikit-learn's transformers have it.
             sites: (n,) names.
-            covariates: What to keep: columns of (n,) numbers (continuous) or texts and booleans (categories).
+            covariates: What to keep: columns of (n,) numbers (continuous) or texts and booleans (categories); of an
+                array (n,) or (n, columns) they are called 0, 1, ...
 
         Raises:
             InputError: Values that are missing, fewer than two sites, an unknown reference site, fewer than two
@@ -274,6 +275,10 @@ def refuse_target(covariates: Covariates, target: npt.ArrayLike) -> None:
 
 
 def _covariate_table(covariates: Covariates, n: int) -> dict[str, pd.Series]:
+    if isinstance(covariates, pd.Series):
+        covariates = covariates.to_frame()
+    elif isinstance(covariates, np.ndarray):
+        covariates = pd.DataFrame(covariates)
     given: dict[Any, Any] = {} if covariates is None else dict(covariates.items())
     table = {str(name): pd.Series(np.asarray(values)) for name, values in given.items()}
     for name, series in table.items():

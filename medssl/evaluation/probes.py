@@ -256,7 +256,7 @@ def names(values: npt.ArrayLike, what: str) -> Texts:
     given = np.asarray(values, dtype=object)
     if given.ndim != 1:
         raise InputError(f"{what} must have one value a row", found=str(given.shape))
-    missing = np.array([one is None or one != one or one == "" for one in given], dtype=bool)
+    missing = np.asarray(pd.isna(given)) | np.array([isinstance(one, str) and one == "" for one in given], dtype=bool)
     _refuse_rows(missing, f"{what} is missing")
     return np.array([str(one) for one in given])
 

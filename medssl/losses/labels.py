@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,9 +55,9 @@ def label_kernel(
     columns = labels.detach().reshape(len(labels), -1)
     n_attributes = columns.shape[1]
     kinds = _per_attribute("kind", [kind] if isinstance(kind, str) else kind, n_attributes)
-    sigmas = _per_attribute(
-        "sigma", [sigma] if sigma is None or isinstance(sigma, float | int) else sigma, n_attributes
-    )
+    # A sequence has a length; numbers of numpy and torch have none, and no common type.
+    given: Any = sigma if getattr(sigma, "ndim", int(hasattr(sigma, "__len__"))) > 0 else [sigma]
+    sigmas = _per_attribute("sigma", [None if one is None else float(one) for one in given], n_attributes)
     for one, width in zip(kinds, sigmas, strict=True):
         check_choice("kind", one, KINDS)
         if one != "equal" and not (width is not None and width > 0 and math.isfinite(width)):

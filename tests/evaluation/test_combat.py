@@ -220,3 +220,24 @@ def test_is_a_scikit_learn_transformer():
     with pytest.raises(NotFittedError):
         combat.transform(X, sites=site)
     assert combat.fit(X, sites=site) is combat
+
+
+def test_covariates_come_as_a_frame_a_series_an_array_or_by_name():
+    rng = np.random.default_rng(3)
+    X, sites = rng.standard_normal((40, 5)), np.repeat(["a", "b"], 20)
+    age, sex = rng.uniform(20, 80, 40), rng.integers(2, size=40).astype(float)
+    expected = ComBat().fit_transform(X, sites=sites, covariates={"age": age, "sex": sex})
+    for table in (pd.DataFrame({"age": age, "sex": sex}), np.column_stack([age, sex])):
+        np.testing.assert_array_equal(ComBat().fit_transform(X, sites=sites, covariates=table), expected)
+    expected = ComBat().fit_transform(X, sites=sites, covariates={"age": age})
+    for alone in (pd.Series(age, name="age"), age):
+        np.testing.assert_array_equal(ComBat().fit_transform(X, sites=sites, covariates=alone), expected)
+
+
+@pytest.mark.parametrize("missing", [None, np.nan, pd.NA, ""])
+def test_a_missing_site_is_named_whatever_stands_for_it(missing):
+    sites = ["a", "b", missing, "a"]
+    with pytest.raises(InputError, match="site is missing(.|\n)*rows .from 0. 2"):
+        ComBat().fit(np.eye(4), sites=sites)
+    with pytest.raises(InputError, match="site is missing"):
+        ComBat().fit(np.eye(4), sites=pd.Series(sites, dtype="string").replace("", pd.NA))

@@ -3,6 +3,7 @@
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -310,3 +311,13 @@ def test_kernels_are_in_the_labels_dtype_or_float32(dtype, expected):
 def test_codes_above_2_to_the_24_stay_apart():
     codes = torch.tensor([2**24, 2**24 + 1])
     assert label_kernel(codes, sigma=None, kind="equal")[0, 1] == 0
+
+
+@pytest.mark.parametrize("kind_of_number", [int, np.float32, np.int64, torch.tensor, lambda x: torch.tensor([x])])
+def test_sigma_may_be_any_number(kind_of_number):
+    labels = torch.tensor([20.0, 24.0, 31.0])
+    assert_close(label_kernel(labels, sigma=kind_of_number(5)), label_kernel(labels, sigma=5.0), rtol=0, atol=0)
+    both = torch.stack([labels, labels.flip(0)], dim=1)
+    assert_close(
+        label_kernel(both, sigma=torch.tensor([5.0, 2.0])), label_kernel(both, sigma=(5.0, 2.0)), rtol=0, atol=0
+    )
