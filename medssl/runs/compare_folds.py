@@ -64,6 +64,8 @@ def open_people(config: CompareConfig) -> Cohort:
                 where=f"{cohort.manifest.path}, {named_rows(cohort.chosen, gap)}",
                 fix="fill the cells, or leave these people out (data.exclude)",
             )
+    if table["age"].nunique() < 2:
+        raise DataError("predicting the age needs people of several ages", where=str(cohort.manifest.path))
     if table["site"].nunique() < 2:
         raise DataError("predicting the site needs two of them", where=str(cohort.manifest.path))
     return cohort

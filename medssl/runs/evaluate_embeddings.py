@@ -17,6 +17,7 @@ import yaml
 from medssl.core.errors import ConfigError, DataError, nearest
 from medssl.core.files import atomic_write, write_json
 from medssl.data.features import ABOUT_SUFFIX, SUBJECT_NAMES, SUFFIXES, read_features
+from medssl.data.manifest_rows import MAX_AGE
 from medssl.data.splits import TEST_SPLITS
 from medssl.evaluation.age_site import METRICS, People, compare_age_site, predict_age_site, summarise_age_site
 from medssl.evaluation.combat import ComBat
@@ -133,8 +134,12 @@ def evaluate_age_site(
     floors: dict[tuple[int, str], SiteProbe] = {}
     for layer in read:
         _require(layer, ("site", "age", *combat_covariates))
+        _check_subjects(layer)
+        if folds is not None or leave_site_out:  # both use every row
+            _check_people(layer, np.ones(len(layer.keys), dtype=bool))
         parts, public, said = _parts(layer, folds, seeds)
         notes += said
+        _check_people(layer, np.any([one.train | one.internal | one.external for one in parts[0]], axis=0))
         _refuse_pretrained(layer, parts if not leave_site_out else list(_site_parts(layer)))
         for arm in ("embedding", *(("embedding + ComBat",) if combat else ())):
             kept = tuple(combat_covariates) if arm != "embedding" else None
@@ -154,7 +159,13 @@ def evaluate_age_site(
     summary = _summary(read, people, left_out, n_bootstrap, n_permutations, public=public, notes=notes)
     summary["evaluated_on"] = f"{folds} folds" if folds else ", ".join(_test_splits(read[0]))
     summary["seconds"] = round(time.monotonic() - begun, 1)
-    options = {"kind": "evaluate age-site", "source": str(source), "folds": folds, "seeds": seeds, "solver": solver}
+    options: dict[str, Any] = {
+        "kind": "evaluate age-site",
+        "source": str(source),
+        "folds": folds,
+        "seeds": seeds,
+        "solver": solver,
+    }
     options |= {"combat": list(combat_covariates) if combat else None, "leave_site_out": leave_site_out}
     atomic_write(out / "config.yaml", yaml.safe_dump(options, sort_keys=False))
     write_json(out / "environment.json", environment())
@@ -209,6 +220,7 @@ def evaluate_probe(
     rows, notes = [], []
     for layer in read:
         _require(layer, (target,))
+        _check_subjects(layer)
         known = layer.keys[target].notna().to_numpy()
         if not known.all():
             notes.append(f"{int((~known).sum())} of {len(known)} rows without {target} are left out.")
@@ -340,6 +352,50 @@ def _require(layer: Layer, columns: Sequence[str]) -> None:
         )
 
 
+def _check_subjects(layer: Layer) -> None:
+    """Refuse rows that are nobody's: folds and resamples are of people."""
+    nobody = layer.keys["subject"].isna().to_numpy(dtype=bool)
+    _refuse_rows(layer, nobody, "the person is missing", "fill the cells, or leave the rows out")
+
+
+def _check_people(layer: Layer, used: npt.NDArray[np.bool_]) -> None:
+    """Refuse rows whose site or age the probes could not use, and ages that say nothing.
+
+    A manifest is checked when it is read; a table comes here from anywhere.
+    """
+    for name in ("site", "age"):
+        _refuse_rows(
+            layer,
+            used & layer.keys[name].isna().to_numpy(dtype=bool),
+            f"`{name}` is missing",
+            "fill the cells, or leave the rows out",
+        )
+    age = pd.to_numeric(layer.keys["age"], errors="coerce").to_numpy(dtype=np.float64)
+    years = (age >= 0) & (age <= MAX_AGE)
+    fix = "write years (months are divided by 12), or leave the rows out"
+    _refuse_rows(layer, used & ~years, f"`age` is no age of 0 to {MAX_AGE:g} years", fix)
+    if len(np.unique(age[used])) < 2:
+        raise DataError(
+            "all ages are equal, so there is nothing to predict",
+            where=str(layer.path),
+            found=f"{age[used][:1]} for {int(used.sum())} rows",
+            fix="evaluate people of several ages, or the site alone: medssl evaluate probe --target site",
+        )
+
+
+def _refuse_rows(layer: Layer, wrong: npt.NDArray[np.bool_], message: str, fix: str) -> None:
+    if not wrong.any():
+        return
+    rows = np.flatnonzero(wrong)
+    shown = [f"{row} ({layer.keys['subject'].iloc[row]})" for row in rows[:_SHOWN]]
+    more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+    raise DataError(
+        f"{message} in {len(rows)} of {len(wrong)} rows",
+        where=f"{layer.path}, rows (from 0) {', '.join(shown)}{more}",
+        fix=fix,
+    )
+
+
 def _test_splits(layer: Layer) -> list[str]:
     held = set(layer.keys["split"].dropna()) if "split" in layer.keys else set()
     return [name for name in TEST_SPLITS if name in held]
@@ -391,8 +447,9 @@ def _refuse_pretrained(layer: Layer, parts: list[list[Part]]) -> None:
     if "pretrained_on" not in layer.keys:
         return
     evaluated = np.any([one.internal | one.external for several in parts for one in several], axis=0)
-    # Of a column with missing cells, CSV gives back texts.
-    seen = layer.keys["pretrained_on"].astype(str).str.lower().isin(("true", "1", "1.0")).to_numpy() & evaluated
+    # Of a column with missing cells, CSV gives back texts. Another scan of somebody who was seen counts as seen.
+    rows = layer.keys["pretrained_on"].astype(str).str.lower().isin(("true", "1", "1.0")).to_numpy()
+    seen = layer.keys["subject"].isin(set(layer.keys["subject"][rows])).to_numpy() & evaluated
     if seen.any():
         people = layer.keys.loc[seen, "subject"].astype(str).unique()
         raise DataError(

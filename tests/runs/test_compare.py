@@ -133,6 +133,8 @@ def test_people_that_cannot_be_divided_are_refused(tmp_path):
         folds_of(plan(people(tmp_path / "few"), protocol={"folds": 11}))
     assert "NA has 10" in caught.value.found
     age = np.full(N, 30.0)
+    with pytest.raises(DataError, match="people of several ages"):
+        folds_of(plan(people(tmp_path / "equal", age=age)))
     age[3] = np.nan
     with pytest.raises(DataError, match="`age` is missing for 1 of 60") as caught:
         folds_of(plan(people(tmp_path / "ageless", age=age)))

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from medssl.cli.main import app
 from medssl.config import PretrainConfig
-from medssl.core.errors import ConfigError, DataError, InputError, MedsslError
+from medssl.core.errors import ConfigError, DataError, MedsslError
 from medssl.core.schema import validate
 from medssl.data.features import FeatureTable, numbered, write_features
 from medssl.evaluation import People, predict_age_site
@@ -179,7 +179,9 @@ def test_people_that_were_pretrained_on_are_never_evaluated(tmp_path):
     [
         ({"split": "train"}, {}, DataError, "one of them holds nobody(.|\n)*--folds 5"),
         ({"split": "internal_test"}, {}, DataError, "one of them holds nobody"),
-        ({"site": None}, {}, InputError, "site is missing"),
+        ({"site": None}, {}, DataError, "`site` is missing in 90 of 90 rows"),
+        ({"age": 12 * 40.0}, {}, DataError, "no age of 0 to 130 years in 90 of 90(.|\n)*months"),
+        ({"age": 40.0}, {}, DataError, "all ages are equal"),
         ({}, {"combat_covariates": ("age",), "combat": True}, ConfigError, "may not keep"),
         ({}, {"combat_covariates": ("sex",)}, ConfigError, "add --combat"),
         ({}, {"seeds": 2}, ConfigError, "add --folds"),
@@ -193,6 +195,33 @@ def test_wrong_input_has_one_message(tmp_path, change, options, error, message):
     path = table(tmp_path, keys.assign(**change), X)
     with pytest.raises(error, match=message):
         evaluate_age_site(path, tmp_path / "out", **{**QUICK, **options})
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("age", np.nan, "`age` is missing in 1 of 90 rows(.|\n)*z.csv, rows .from 0. 83 .p083."),
+        ("age", -1.0, "no age of 0 to 130 years in 1 of 90 rows(.|\n)*83 .p083."),
+        ("site", None, "`site` is missing in 1 of 90 rows(.|\n)*83 .p083."),
+        ("subject", None, "the person is missing in 1 of 90 rows(.|\n)*83 "),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("folds", [None, 5])
+def test_rows_that_cannot_be_used_are_named_as_they_are_in_the_table(tmp_path, column, value, message, folds):
+    keys, X = people()
+    keys.loc[83, column] = value
+    with pytest.raises(DataError, match=message):
+        evaluate_age_site(table(tmp_path, keys, X, "z.csv"), tmp_path / "out", folds=folds, **QUICK)
+    if column == "subject":
+        with pytest.raises(DataError, match=message):
+            evaluate_probe(table(tmp_path, keys, X, "z.csv"), target="sex", kinds=("linear",), folds=folds)
+
+
+def test_another_scan_of_somebody_who_was_pretrained_on_is_not_evaluated(tmp_path):
+    keys, X = people()
+    keys.loc[1, ["subject", "split"]] = ["p003", "validation"]  # seen, and p003 is evaluated
+    with pytest.raises(DataError, match="1 evaluated people were pretrained on(.|\n)*p003"):
+        evaluate_age_site(table(tmp_path, keys, X), tmp_path / "out", **QUICK)
 
 
 def test_what_is_there_is_replaced_only_when_asked(tmp_path, no_report):
