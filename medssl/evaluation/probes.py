@@ -152,15 +152,19 @@ def site_probe(
     scores = np.zeros((folds.max() + 1, len(GRID)))
     for fold in range(len(scores)):
         fitted, held = folds != fold, folds == fold
+        if len(np.unique(site[fitted])) < 2:  # whoever tells the sites apart is held out: such a fold has no say
+            scores[fold] = np.nan
+            continue
         scaler = StandardScaler().fit(X[fitted])
         inside, outside = scaler.transform(X[fitted]), scaler.transform(X[held])
         for position, C in enumerate(GRID):
             model, _ = _logistic(inside, site[fitted], C, seed, solver)
             scores[fold, position] = balanced_accuracy(site[held], model.predict(outside))
-    best = int(scores.mean(0).argmax())
+    known = scores[np.isfinite(scores).all(1)]
+    best = int(known.mean(0).argmax()) if len(known) else len(GRID) // 2
     scaler = StandardScaler().fit(X)
     model, converged = _logistic(scaler.transform(X), site, GRID[best], seed, solver)
-    accuracy = float(scores.mean(0)[best])
+    accuracy = float(known.mean(0)[best]) if len(known) else float("nan")
     return SiteProbe(GRID[best], accuracy, len(scores), converged, model.classes_, scaler, model)
 
 

@@ -154,3 +154,10 @@ def test_balanced_accuracy_is_the_mean_recall():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert balanced_accuracy(true, predicted) == pytest.approx(balanced_accuracy_score(true, predicted))
+
+
+def test_people_scanned_at_several_sites_may_fall_into_one_fold():
+    subject, site = [*(f"p{i}" for i in range(6)), "p0", "p1"], [*"AAAAAA", *"BB"]
+    X = np.random.default_rng(0).standard_normal((8, 3))
+    for seed in range(20):
+        assert set(site_probe(X, site, subject, seed=seed, solver="lbfgs").predict(X)) <= {"A", "B"}
