@@ -16,6 +16,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from medssl.core.errors import InputError
 from medssl.core.transfer import onto
 from medssl.losses.numerics import (
+    attached_zero,
     check_choice,
     check_float,
     check_labels,
@@ -96,7 +97,7 @@ def fair_kl(
         elif weights is not None:
             positive = onto(check_weights("weights", weights, len(z), highest=1.0), z.device).to(u.dtype)
         else:
-            return FairKL(poisoned(_gap(similarity, aligned, None, mode), *given), torch.zeros_like(similarity[0, 0]))
+            return FairKL(poisoned(_gap(similarity, aligned, None, mode), *given), attached_zero(z))
         return FairKL(
             poisoned(_gap(similarity, aligned, positive, mode), *given),
             poisoned(_gap(similarity, aligned, 1 - positive, mode), *given),

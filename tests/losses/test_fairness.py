@@ -175,6 +175,21 @@ def test_fewer_than_two_pairs_give_zero_with_zero_gradient_and_say_so(mode, bias
     assert grad.abs().sum() == 0
 
 
+@each_mode
+@pytest.mark.parametrize(
+    ("bias", "labels"), [([0, 0, 1, 1], None), ([0, 0, 1, 1], [0, 0, 0, 0]), ([0, 1], [0, 1]), ([0], None)]
+)
+def test_each_term_alone_can_be_trained_on(mode, bias, labels):
+    labels = None if labels is None else torch.tensor(labels)
+    for name in ("positive", "negative"):
+        z = randn(len(bias), 3).requires_grad_()
+        term = getattr(fair_kl(z, torch.tensor(bias), labels=labels, mode=mode), name)
+        term.backward()
+        assert torch.isfinite(z.grad).all()
+        if term == 0:
+            assert z.grad.abs().sum() == 0
+
+
 def test_two_unordered_pairs_are_enough_whatever_their_weight():
     z, bias = randn(4, 3), torch.tensor([0, 0, 1, 1])
     for weight in (1.0, 0.3, 1e-3):
