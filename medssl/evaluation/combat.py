@@ -117,6 +117,13 @@ class ComBat(TransformerMixin, BaseEstimator):
         self.gamma_ = by_site - self.grand_mean_  # of features that do not vary: the shift as it is
         self.gamma_[:, (X.max(0) == X.min(0))] = 0.0  # a constant is not moved by rounding
         self.delta_ = np.ones_like(self.gamma_)
+        if self.empirical_bayes and rows.sum() == 1:
+            raise InputError(
+                f"reference site `{self.reference_site}` has one row, so no feature varies in it: its variance, to "
+                "which the other sites would be scaled, is not known",
+                fix="choose a reference site of several rows, or none; empirical_bayes=False moves the others to that "
+                "row without scaling",
+            )
         if self.empirical_bayes and varies.sum() < 2:
             raise InputError(
                 "empirical Bayes needs at least two features that vary: the priors are taken over features",
@@ -140,7 +147,7 @@ class ComBat(TransformerMixin, BaseEstimator):
         Args:
             X: (n, F) features.
             sites: (n,) names.
-            covariates: The columns that `fit` was given.
+            covariates: The columns that `fit` was given, by name and in any order (of an array: in the same order).
             target: (n,) what will be predicted from the result, if anything: it may not be among the covariates.
 
         Returns:
@@ -163,8 +170,9 @@ class ComBat(TransformerMixin, BaseEstimator):
                 fix="leave their rows out, or fit on training people of these sites too",
             )
         table = _covariate_table(covariates, len(X))
-        if list(table) != list(self.encoding_):
+        if set(table) != set(self.encoding_):
             raise InputError("other covariates than fitted", found=f"{list(table)}, not {list(self.encoding_)}")
+        table = {name: table[name] for name in self.encoding_}  # the order in which their weights stand
         if target is not None:
             refuse_target(table, target)
         kept = self._encode(table, len(X))

@@ -179,6 +179,9 @@ def test_refusals_name_what_is_wrong():
         ComBat().fit(X, sites=["s0"] * len(X))
     with pytest.raises(InputError, match="reference site `s9`"):
         ComBat(reference_site="s9").fit(X, sites=site)
+    one = np.r_[np.flatnonzero(site == "s0")[:1], np.flatnonzero(site != "s0")]
+    with pytest.raises(InputError, match="reference site `s0` has one row"):
+        ComBat(reference_site="s0").fit(X[one], sites=site[one])
     with pytest.raises(InputError, match="at least two features"):
         ComBat().fit(X[:, :1], sites=site)
     assert np.isfinite(ComBat(empirical_bayes=False).fit_transform(X[:, :1], sites=site)).all()
@@ -232,6 +235,16 @@ def test_covariates_come_as_a_frame_a_series_an_array_or_by_name():
     expected = ComBat().fit_transform(X, sites=sites, covariates={"age": age})
     for alone in (pd.Series(age, name="age"), age):
         np.testing.assert_array_equal(ComBat().fit_transform(X, sites=sites, covariates=alone), expected)
+
+
+def test_covariates_are_matched_by_name_not_by_place():
+    X, site, covariates = cohort()
+    combat = ComBat().fit(X, sites=site, covariates=covariates)
+    expected = combat.transform(X, sites=site, covariates=covariates)
+    turned = covariates[covariates.columns[::-1]]
+    np.testing.assert_array_equal(combat.transform(X, sites=site, covariates=turned), expected)
+    with pytest.raises(InputError, match="other covariates"):
+        combat.transform(X, sites=site, covariates=turned.rename(columns={"age": "years"}))
 
 
 @pytest.mark.parametrize("missing", [None, np.nan, pd.NA, ""])
