@@ -328,7 +328,12 @@ def _refuse_unfit(
         check_sites(y, subject)
         unknown = sorted(set(truth.tolist()) - set(y.tolist()))
         if unknown:
-            raise InputError("classes without anybody to learn them from", found=", ".join(unknown[:20]))
+            raise InputError(
+                "classes without anybody to learn them from",
+                found=", ".join(unknown[:20]),
+                fix="evaluate by folds (--folds 5) if nobody was pretrained on, or leave these people out, such as "
+                "those of external sites: medssl embed RUN MANIFEST --split train --split internal_test -o TABLE",
+            )
 
 
 def _chosen(
