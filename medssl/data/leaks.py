@@ -40,8 +40,8 @@ def refuse_leak(
 
     Args:
         sets: Manifests by the name of their role, each to be disjoint from every other.
-        transductive: Let leaks pass and return them, for the report. Meant for pretraining images (without labels)
-            that are tested on later: check labelled sets against each other in a call without it.
+        transductive: Let leaks pass and return them, for the report. Meant for images of a pretraining that are tested
+            on later: check the sets of a fine-tuning against each other in a call without it.
         hashes: Content hash by image path (as ``Manifest.image_paths`` gives it), for finding copies under other
             names. Paths without one are compared by path alone.
         voxels: Hash of the voxels by volume number, for sets that are rows of one manifest: tells frames of one file

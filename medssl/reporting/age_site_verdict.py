@@ -137,7 +137,10 @@ def _cautions(summary: Mapping[str, Any], people: pd.DataFrame | None) -> list[s
     if summary.get("evaluated_on") == "validation":
         cautions.append("Evaluated on validation people, on whom settings may have been chosen: not a final result.")
     if summary.get("transductive"):
-        cautions.append("Transductive: images of evaluated people (without labels) were used in pretraining.")
+        cautions.append(
+            "Transductive: images of evaluated people (with their labels, where the method uses labels) were used in "
+            "pretraining."
+        )
     below = [r.name for r in results if r.values.get("below_chance")]
     if below:
         names = joined(below[:4] + ([f"{len(below) - 4} more"] if len(below) > 4 else []))

@@ -130,5 +130,8 @@ def _cautions(
     if len(paired) > 1:
         cautions.append(f"{len(paired)} comparisons were made; the intervals are not widened for that.")
     if summary.get("transductive"):
-        cautions.append("Transductive: images of tested people (without labels) were used in pretraining.")
+        cautions.append(
+            "Transductive: images of tested people (with their labels, where the method uses labels) were used in "
+            "pretraining."
+        )
     return cautions

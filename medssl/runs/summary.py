@@ -210,7 +210,10 @@ def _notes(config: FinetuneConfig, run: TaskRun) -> list[str]:
         if arm.steps is not None:
             notes.append(f"Arm `{arm.name}` is trained for {arm.steps} steps instead of {config.training.steps}.")
     if config.data.transductive:
-        notes.append("Transductive: images of evaluated people were allowed in pretraining.")
+        notes.append(
+            "Transductive: images of evaluated people (with their labels, where the method uses labels) were "
+            "allowed in pretraining."
+        )
     return notes
 
 

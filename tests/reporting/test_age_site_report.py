@@ -195,6 +195,8 @@ def test_cautions_name_the_set_and_the_way_it_was_used():
     text = " ".join(verdict.cautions)
     for word in ("validation people", "Transductive", "confounded", "Only 12 people"):
         assert word in text
+    assert "without labels" not in text  # y_aware and its kin learn from the ages of whom they see
+    assert "with their labels, where the method uses labels" in text
     assert "on other people: no result of the challenge" in " ".join(headline(row("a", score=2.0)).cautions)
     assert headline(row("a")).cautions == []
 

@@ -64,7 +64,7 @@ def test_verdict_warns_of_one_draw_few_people_and_transductive_pretraining():
     cautions = " ".join(
         finetune_verdict({"paired": [paired(0.1, 0.2, n_draws=1, n_people=4)], "transductive": True}).cautions
     )
-    for word in ("one draw", "Only 4 people", "Transductive"):
+    for word in ("one draw", "Only 4 people", "Transductive", "with their labels, where the method uses labels"):
         assert word in cautions
     assert finetune_verdict({"paired": [paired(0.1, 0.2)]}).cautions == []
 
