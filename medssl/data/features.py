@@ -319,6 +319,24 @@ def write_features(table: FeatureTable, path: Path, *, about: Mapping[str, Any] 
     return path
 
 
+def about_table(path: Path) -> dict[str, Any]:
+    """What ``write_features`` was given as ``about`` of a table; empty for tables without it.
+
+    Raises:
+        DataError: The file beside the table is no JSON.
+    """
+    file = path.with_name(path.name + ABOUT_SUFFIX)
+    if not file.is_file():
+        return {}
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(
+            "not readable as JSON", where=str(file), found=str(error), fix="embed again, or remove it"
+        ) from error
+    return about if isinstance(about, dict) else {}
+
+
 class FeaturesConfig(StrictModel):
     """How rows of feature tables are taken (`items.geometry: features`)."""
 

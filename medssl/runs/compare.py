@@ -18,7 +18,7 @@ from medssl.runs.grid import check_keys, run_grid
 from medssl.runs.labels import check_labels
 from medssl.runs.leaks import LeakCheck, check_weights
 from medssl.runs.pretrain import check_batch
-from medssl.runs.volumes import Cohort, open_items
+from medssl.runs.volumes import Cohort, open_items, voxel_hashes
 from medssl.samplers import SAMPLERS
 from medssl.training.device import resolve_accelerator, resolve_precision
 
@@ -89,6 +89,7 @@ def check_arms(config: CompareConfig, cohort: Cohort, folds: list[Fold]) -> Leak
     """
     notes: list[str] = []
     trained = {arm.name: config.pretraining(arm, config.protocol.seeds[0]) for arm in config.arms if arm.method}
+    voxels = voxel_hashes(cohort) if config.spatial_dims else None
     for fold in folds:
         rows = rows_of(cohort.chosen, fold.train)
         tested = rows_of(cohort.chosen, (*fold.internal, *fold.external))
@@ -97,7 +98,7 @@ def check_arms(config: CompareConfig, cohort: Cohort, folds: list[Fold]) -> Leak
         if statistics is not None and statistics.constant:
             notes.append(f"Constant in the training rows of a fold, so 0: {shortened(statistics.constant)}.")
         for pretraining in trained.values():
-            notes += check_labels(pretraining, rows, tested)
+            notes += check_labels(pretraining, rows, tested, voxels=voxels)
             settings = pretraining.sampler.model_dump(exclude={"name"})
             sampler = SAMPLERS[pretraining.sampler.name](table, seed=config.seed, **settings)
             check_batch(pretraining, sampler.batch_size)

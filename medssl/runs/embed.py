@@ -18,7 +18,7 @@ from medssl.config import load_any
 from medssl.config.models import RunConfig
 from medssl.core.errors import ConfigError, DataError, InputError, WeightsError
 from medssl.core.schema import validate
-from medssl.data.feature_store import FeatureReader
+from medssl.data.feature_store import FeatureReader, FeatureStore
 from medssl.data.features import ABOUT_SUFFIX, IDS_SUFFIX, FeatureTable, numbered, write_features
 from medssl.data.items import ItemReader
 from medssl.data.manifest import Manifest
@@ -182,7 +182,8 @@ def embed(
         weights: Run folder, its ``weights`` folder, or the encoder file in that.
         manifest: Who is embedded.
         out: .parquet or .csv (columns ``COLUMNS``, ``pretrained_on``, then f0000, f0001, ...) or .npy (the numbers, the
-            columns in ``<stem>.ids.csv``). ``<name>.json`` beside it says which weights and layer they are of.
+            columns in ``<stem>.ids.csv``). ``<name>.json`` beside it says which weights and layer they are of, and what
+            those were pretrained on.
         layer: See ``embed_rows``; None: z where the weights hold a projection head, else h.
         splits: Only rows of these splits; None: all rows.
         config: The configuration that the weights were trained with, where there is no run folder beside them.
@@ -228,6 +229,10 @@ def embed(
             "transductive": info.get("transductive"),
             "manifest": cohort.chosen.hash(),
             "splits": None if splits is None else list(splits),
+            # Whoever learns from this table learns from these images, whether their rows are in it or not.
+            "folder": str(weights.resolve()),
+            "features": list(cohort.store.names) if isinstance(cohort.store, FeatureStore) else None,
+            "pretrained_on": list(info.get("pretrained_on", ())),
         },
     )
     return Embedded(out, len(values), values.shape[1], chosen_layer, int(keys["pretrained_on"].sum()))

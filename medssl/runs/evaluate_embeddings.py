@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ import yaml
 
 from medssl.core.errors import ConfigError, DataError, nearest
 from medssl.core.files import atomic_write, write_json
-from medssl.data.features import ABOUT_SUFFIX, SUBJECT_NAMES, SUFFIXES, read_features
+from medssl.data.features import SUBJECT_NAMES, SUFFIXES, about_table, read_features
 from medssl.data.manifest_rows import MAX_AGE
 from medssl.data.splits import TEST_SPLITS
 from medssl.evaluation.age_site import METRICS, People, compare_age_site, predict_age_site, summarise_age_site
@@ -317,8 +316,7 @@ def _layer(
             fix="add a column subject or participant_id; of a .npy array, write <stem>.ids.csv beside it",
         )
     keys = keys.assign(subject=keys[person])
-    about_file = path.with_name(path.name + ABOUT_SUFFIX)
-    about = _about(about_file)
+    about = about_table(path)
     name, X = str(about.get("layer", INPUT)), table.values.astype(np.float64)
     if normalise or (normalise is None and name == "z"):
         length = np.linalg.norm(X, axis=1, keepdims=True)
@@ -326,19 +324,6 @@ def _layer(
     method = about.get("method")  # its configuration, or its name
     method = method.get("name") if isinstance(method, dict) else method
     return Layer(name, X, keys.reset_index(drop=True), None if method is None else str(method), path)
-
-
-def _about(path: Path) -> dict[str, Any]:
-    """What `medssl embed` wrote beside its table; empty for other tables."""
-    if not path.is_file():
-        return {}
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(
-            "not readable as JSON", where=str(path), found=str(error), fix="embed again, or remove it"
-        ) from error
-    return about if isinstance(about, dict) else {}
 
 
 def _require(layer: Layer, columns: Sequence[str]) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +15,21 @@ import pandas as pd
 from medssl.config import PretrainConfig
 from medssl.core.errors import DataError
 from medssl.core.types import ItemTable
-from medssl.data.features import FeatureStatistics, FeatureTable, read_features
+from medssl.data.feature_store import open_features
+from medssl.data.features import FeatureStatistics, FeatureTable, about_table, read_features
 from medssl.data.items import ItemReader
 from medssl.data.manifest import Manifest
+from medssl.data.splits import refuse_leak
 from medssl.data.weak_labels import LabelUse, check_weak_labels, shortened
 from medssl.methods.decoupled_uniformity import PRIOR, DecoupledUniformityConfig
-from medssl.runs.volumes import Cohort, open_items
+from medssl.runs.volumes import (
+    FINGERPRINT_DIGITS,
+    Cohort,
+    image_hashes,
+    open_items,
+    pretraining_manifests,
+    with_absolute_paths,
+)
 
 SEEN: Final = "pretrained_on"
 """Column of an embedding table: whether the network was trained on the row."""
@@ -33,13 +42,16 @@ def label_uses(config: PretrainConfig) -> tuple[LabelUse, ...]:
     return tuple(use for section in sections for use in section.label_uses())
 
 
-def check_labels(config: PretrainConfig, rows: Manifest, tested: Manifest) -> list[str]:
+def check_labels(
+    config: PretrainConfig, rows: Manifest, tested: Manifest, *, voxels: Mapping[int, str] | None = None
+) -> list[str]:
     """Refuse weak labels and priors that cannot be learnt from, before anything is prepared.
 
     Args:
         config: The run.
         rows: Those that are trained on.
         tested: Rows of the test splits, which the network behind a prior must not have seen either.
+        voxels: Hash of the voxels of each image of ``tested``; None: they are read if they are needed.
 
     Returns:
         What is worth knowing, one line each.
@@ -51,8 +63,8 @@ def check_labels(config: PretrainConfig, rows: Manifest, tested: Manifest) -> li
     path = prior_table(config)
     if path is not None:
         prior_of(rows, path)
-        if not config.data.transductive:
-            _refuse_seen(tested, path)
+        if not config.data.transductive and len(tested):
+            notes += _refuse_seen(config, tested, path, voxels)
     return notes
 
 
@@ -90,6 +102,12 @@ def prior_fingerprint(config: PretrainConfig) -> str | None:
     """SHA-256 of the prior table: a run must not go on with another one."""
     path = prior_table(config)
     return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def prior_seen(config: PretrainConfig) -> set[str]:
+    """Fingerprints of what the network behind the prior table was trained on, as far as the table says so."""
+    path = prior_table(config)
+    return set() if path is None else set(about_table(path).get(SEEN, ()))
 
 
 def prior_of(rows: Manifest, path: Path) -> npt.NDArray[np.float32]:
@@ -149,19 +167,60 @@ def _ids(table: FeatureTable, path: Path) -> tuple[str, pd.Series]:
     )
 
 
-def _refuse_seen(tested: Manifest, path: Path) -> None:
-    """Refuse a table that says of test people that its network was trained on them (`medssl embed` does say so)."""
+def _refuse_seen(config: PretrainConfig, tested: Manifest, path: Path, voxels: Mapping[int, str] | None) -> list[str]:
+    """Refuse a table whose network was trained on test people; returns what could not be looked for.
+
+    `medssl embed` leaves three traces: the column ``pretrained_on`` of the rows that were embedded, and beside the
+    table the folder of the weights (its manifest names people) and the fingerprints of all that they were trained on.
+    """
     table = read_features(path)
-    if SEEN not in table.keys:
-        return
-    by, ids = _ids(table, path)
-    seen = set(ids[table.keys[SEEN].astype(str).str.lower().isin(("true", "1", "1.0"))])
-    both = [name for name in tested.table[by].astype(str) if name in seen]
-    if both:
+    if SEEN in table.keys:
+        by, ids = _ids(table, path)
+        rows = set(ids[table.keys[SEEN].astype(str).str.lower().isin(("true", "1", "1.0"))])
+        _refuse_both([name for name in tested.table[by].astype(str) if name in rows], _PLURAL[by], path)
+    about = about_table(path)
+    if SEEN not in about:
+        return [
+            f"prior table {path.name}: nothing beside it says whom its network was trained on, so test people could "
+            "not be looked for among them"
+        ]
+    for earlier in pretraining_manifests(Path(about["folder"])) if "folder" in about else []:
+        sets = {f"the pretraining of the network behind the prior table {path.name}": earlier}
+        refuse_leak({**sets, "test": with_absolute_paths(tested)})
+    hashes, notes = _comparable(config, tested, about, path, voxels)
+    seen = set(about[SEEN])
+    shared = [
+        str(case)
+        for volume, case in zip(tested.table["volume"], tested.table["case"], strict=True)
+        if hashes.get(int(volume), "")[:FINGERPRINT_DIGITS] in seen
+    ]
+    _refuse_both(shared, "visits", path)
+    return notes
+
+
+def _comparable(
+    config: PretrainConfig, tested: Manifest, about: Mapping[str, Any], path: Path, voxels: Mapping[int, str] | None
+) -> tuple[Mapping[int, str], list[str]]:
+    """Hashes of the test rows of the kind that the network behind the prior was trained on, or why there are none."""
+    names = about.get("features")
+    unlike = [f"prior table {path.name}: its network was trained on other measures, so only people were looked for"]
+    if (names is not None) != (config.spatial_dims == 0):
+        return {}, unlike
+    if names is None:
+        return image_hashes(tested) if voxels is None else voxels, []
+    try:
+        store = open_features(tested, config.data.features, names=names, check=False)
+    except DataError as error:
+        return {}, [f"{unlike[0]} ({error.message})"]
+    return {volume: store.voxels(volume) for volume in store.volumes}, []
+
+
+def _refuse_both(names: Sequence[str], what: str, path: Path) -> None:
+    if names:
         raise DataError(
-            f"the network behind the prior table was trained on {len(set(both))} of the test {_PLURAL[by]}",
+            f"the network behind the prior table was trained on {len(set(names))} of the test {what}",
             where=str(path),
-            found=shortened(both),
+            found=shortened(names),
             fix="train that network without them, or set data.transductive: true, which every result then says",
         )
 

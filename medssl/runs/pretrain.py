@@ -32,7 +32,7 @@ from medssl.models import (
 from medssl.reporting import build_report
 from medssl.runs.folder import open_run, record_run, run_folder, tracked
 from medssl.runs.grid import fingerprint
-from medssl.runs.labels import check_labels, prior_fingerprint, training_items
+from medssl.runs.labels import check_labels, prior_fingerprint, prior_seen, training_items
 from medssl.runs.volumes import (
     FINGERPRINT_DIGITS,
     STATISTICS,
@@ -258,6 +258,7 @@ def finish(
     decoder = method.decoder if "decoder" in config.needs.trains else None
     head = method.head if isinstance(method.head, (ProjectionHead, LinearHead)) else None
     fingerprints = {cohort.store.voxels(volume)[:FINGERPRINT_DIGITS] for volume in cohort.store.volumes}
+    fingerprints |= prior_seen(config)
     if config.weights is not None:
         fingerprints |= set(read_model(config.weights)["info"].get("pretrained_on", ()))
     weights = save_weights(

@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from medssl.config import DataConfig
 from medssl.config.models import RunConfig
 from medssl.core.errors import ConfigError, DataError, nearest
 from medssl.core.files import read_yaml
 from medssl.core.types import ItemTable
-from medssl.data.cache import VolumeStore, prepare
+from medssl.data.cache import VolumeStore, prepare, voxel_hash
 from medssl.data.feature_store import FeatureReader, FeatureStore, fit_statistics, open_features
-from medssl.data.features import TEXT_SUFFIXES, FeatureStatistics
+from medssl.data.features import TEXT_SUFFIXES, FeatureStatistics, about_table
 from medssl.data.items import ItemReader, build_items
 from medssl.data.manifest import Manifest, read_manifest
 from medssl.data.splits import with_published_splits
+from medssl.data.volume import read_volume
 from medssl.runs.progress import progress_bar
 from medssl.transforms.preprocess import PrepareConfig
 
@@ -305,8 +307,23 @@ def row_hashes(config: RunConfig, manifest: Manifest, weights: Path | None = Non
     return {volume: store.voxels(volume) for volume in store.volumes}
 
 
+def image_hashes(manifest: Manifest) -> Mapping[int, str]:
+    """Hash of the voxels of every volume, as its entry in the cache holds it; reads the images but prepares none."""
+    hashes = {}
+    with progress_bar(f"reading {len(manifest)} images") as report:
+        table = manifest.table[["volume", "frame"]]
+        for done, (volume, frame) in enumerate(table.itertuples(index=False), start=1):
+            images, channels = manifest.image_paths(int(volume)), manifest.channels(int(volume))
+            read = read_volume(images, frame=None if pd.isna(frame) else int(frame), channels=channels)
+            hashes[int(volume)] = voxel_hash(read.data)
+            report(done, len(manifest))
+    return hashes
+
+
 def pretraining_manifests(weights: Path) -> list[Manifest]:
     """The volumes that some weights were pretrained on, and those of the weights that they were begun from, and so on.
+
+    The network behind a table that served as a prior (`method.prior.table`) counts like weights that were begun from.
 
     Args:
         weights: Run folder, its ``weights`` folder or a file in that. Where a run's manifest is not there, the list
@@ -314,18 +331,29 @@ def pretraining_manifests(weights: Path) -> list[Manifest]:
     """
     found: list[Manifest] = []
     seen: set[Path] = set()
-    at: Path | None = weights
-    while at is not None and at.resolve() not in seen:
+    waiting = [weights]
+    while waiting:
+        at = waiting.pop(0)
+        if at.resolve() in seen:
+            continue
         seen.add(at.resolve())
         near = (at.parent, at.parent.parent) if at.is_file() else (at, at.parent)
         folder = next((one for one in near if (one / "manifest.csv").is_file()), None)
         if folder is None:
-            break
+            continue
         found.append(with_absolute_paths(read_manifest(folder / "manifest.csv")))
         values = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
-        before = values.get("weights") if isinstance(values, dict) else None
-        at = Path(before) if isinstance(before, str) else None
+        waiting += _learnt_from(values) if isinstance(values, dict) else []
     return found
+
+
+def _learnt_from(config: Mapping[str, Any]) -> list[Path]:
+    """Weights that a pretraining began from, and those that embedded its prior."""
+    method = config.get("method")
+    prior = method.get("prior") if isinstance(method, dict) else None
+    table = prior.get("table") if isinstance(prior, dict) else None
+    embedded = about_table(Path(table)).get("folder") if isinstance(table, str) else None
+    return [Path(one) for one in (config.get("weights"), embedded) if isinstance(one, str)]
 
 
 def with_absolute_paths(manifest: Manifest) -> Manifest:

@@ -109,6 +109,9 @@ def test_rows_are_embedded_as_the_weights_and_the_training_rows_say(rows_run, tm
         about["weights"]["encoder.safetensors"]
         == json.loads((run / "weights/model.json").read_text())["sha256"]["encoder.safetensors"]
     )
+    assert about["folder"] == str(run.resolve())
+    assert about["features"] == list(weights_statistics(run).names)
+    assert about["pretrained_on"] == json.loads((run / "weights/model.json").read_text())["info"]["pretrained_on"]
     assert weights_statistics(run).n_rows == N - N_TEST
 
 

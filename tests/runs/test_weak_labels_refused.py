@@ -1,11 +1,12 @@
 """Weak labels and priors that would mislead a training are refused before anything is prepared, with one message."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from small_runs import pretrain_values
+from small_runs import pretrain_values, small_cohort
 
 from medssl.config import PretrainConfig
 from medssl.core.errors import CheckpointError, ConfigError, DataError
@@ -14,9 +15,15 @@ from medssl.core.schema import validate
 from medssl.data.features import FeatureTable, numbered, read_features, write_features
 from medssl.models import encoder_from_weights, head_from_weights, read_model
 from medssl.runs.embed import embed
-from medssl.runs.labels import label_uses, prior_of, training_items
+from medssl.runs.labels import check_labels, label_uses, prior_of, training_items
 from medssl.runs.pretrain import pretrain
-from medssl.runs.volumes import load_manifest, open_run_cohort
+from medssl.runs.volumes import (
+    image_hashes,
+    load_manifest,
+    open_run_cohort,
+    pretraining_manifests,
+    voxel_hashes,
+)
 
 N = 12
 
@@ -263,3 +270,84 @@ def test_the_code_of_an_autoencoder_is_a_prior_unless_it_was_trained_on_test_peo
     with pytest.raises(DataError, match="was trained on 2 of the test visits") as caught:
         pretrain(config_of(manifest, name="leaking", method=with_prior(leaking)))
     assert "p10, p11" in str(caught.value)
+
+
+def other_split(manifest: Path, name: str, **columns) -> Path:
+    """The same people with other columns, beside the manifest."""
+    table = pd.read_csv(manifest).assign(**columns)
+    atomic_write(manifest.with_name(name), table.to_csv(index=False))
+    return manifest.with_name(name)
+
+
+@pytest.fixture(scope="module")
+def seen_prior(tmp_path_factory):
+    """A code that was trained on p10 too, of the rows that another split trains on; (manifest, table, its run)."""
+    manifest = cohort(tmp_path_factory.mktemp("prior"))
+    earlier = other_split(manifest, "earlier.csv", split=["train"] * (N - 1) + ["test"])
+    data = {**values(earlier)["data"], "transductive": False}
+    first = pretrain(config_of(earlier, name="code", data=data, method={"name": "vae", "latent_dim": 3}))
+    return manifest, embed(first.folder, manifest, manifest.with_name("code.csv"), splits=("train",)).path, first
+
+
+def test_a_prior_whose_network_saw_test_people_is_refused_though_they_are_not_in_it(seen_prior):
+    manifest, table, first = seen_prior
+    assert set(read_features(table).keys["subject"]) == set(TRAINED)
+    with pytest.raises(DataError, match="group p10 is in the pretraining of the network behind the prior table code"):
+        pretrain(config_of(manifest, name="leaking", method=with_prior(table)))
+    assert not (manifest.parent / "runs" / "leaking").exists()
+    (first.folder / "manifest.csv").rename(first.folder / "elsewhere.csv")  # then only the fingerprints can tell
+    try:
+        with pytest.raises(DataError, match="was trained on 1 of the test visits(.|\n)*p10"):
+            pretrain(config_of(manifest, name="leaking", method=with_prior(table)))
+    finally:
+        (first.folder / "elsewhere.csv").rename(first.folder / "manifest.csv")
+
+
+def test_a_prior_that_does_not_say_whom_its_network_saw_is_noted(tmp_path):
+    manifest = cohort(tmp_path)
+    path = prior(tmp_path / "measured.csv", TRAINED)
+    config = config_of(manifest, method=with_prior(path))
+    (note,) = check_labels(config, *halves(config))
+    assert "measured.csv: nothing beside it says whom its network was trained on" in note
+    atomic_write(tmp_path / "measured.csv.json", json.dumps({"pretrained_on": [], "features": ["volume_of_another"]}))
+    (note,) = check_labels(config, *halves(config))
+    assert "trained on other measures, so only people were looked for" in note
+    atomic_write(tmp_path / "measured.csv.json", "no json")
+    with pytest.raises(DataError, match="not readable as JSON"):
+        check_labels(config, *halves(config))
+
+
+def halves(config: PretrainConfig):
+    rows, _ = load_manifest(config.data)
+    test = (rows.table["split"] == "test").to_numpy()
+    return rows.select(~test), rows.select(test)
+
+
+def test_whom_the_network_behind_a_prior_saw_counts_as_pretrained_on(seen_prior):
+    manifest, table, first = seen_prior
+    no_test = other_split(manifest, "guided.csv", split=["train"] * (N - 2) + ["validation"] * 2)
+    done = pretrain(config_of(no_test, name="guided", method=with_prior(table)))
+    seen = set(read_model(done.weights)["info"]["pretrained_on"])
+    assert len(seen) == N - 1
+    assert seen == set(read_model(first.weights)["info"]["pretrained_on"])
+    assert [len(one) for one in pretraining_manifests(done.folder)] == [N - 2, N - 1]
+    embedded = read_features(embed(done.folder, manifest, manifest.with_name("again.csv")).path).keys
+    assert list(embedded["subject"][~embedded["pretrained_on"]]) == ["p11"]
+
+
+def test_images_are_compared_with_what_a_prior_of_images_saw(tmp_path):
+    manifest = small_cohort(tmp_path, n_subjects=5, n_test=1)
+    changes = {"method": with_prior(tmp_path / "code.csv"), "views": {"preset": "gcl", "n_views": 2}}
+    config = validate(PretrainConfig, pretrain_values(manifest, tmp_path, **changes), source="test")
+    rows, tested = halves(config)
+    hashes = image_hashes(tested)
+    opened = open_run_cohort(config, splits=("test",))
+    assert hashes == voxel_hashes(opened)
+    prior(tmp_path / "code.csv", list(rows.table["subject"].unique()))
+    about = {"features": None, "pretrained_on": [next(iter(hashes.values()))[:16]]}
+    atomic_write(tmp_path / "code.csv.json", json.dumps(about))
+    for voxels in (None, hashes):
+        with pytest.raises(DataError, match="was trained on 1 of the test visits"):
+            check_labels(config, rows, tested, voxels=voxels)
+    atomic_write(tmp_path / "code.csv.json", json.dumps({**about, "pretrained_on": ["0" * 16]}))
+    assert check_labels(config, rows, tested) == []
