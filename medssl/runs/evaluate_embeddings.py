@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,9 @@ from medssl.reporting.tables import write_csv
 from medssl.runs.cohort import Outcome
 from medssl.runs.folder import environment
 
+if TYPE_CHECKING:
+    from medssl.runs.volumes import Cohort
+
 EXTERNAL: Final = "external_test"
 INPUT: Final = "input"
 PUBLIC: Final = "These are the public splits of the cohort, not the challenge's hidden test."
@@ -44,6 +47,14 @@ PROBES: Final[Mapping[str, Callable[..., ProbeScore]]] = {"knn": knn_probe, "lin
 _SHOWN: Final = 20
 _CLASSES: Final = 10
 """A column of numbers with more different values than this is a number to predict, not a class."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Weights and the people whom they embedded: what the guard against leaks asks for."""
+
+    weights: Path
+    cohort: Cohort
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,7 @@ class Layer:
         keys: n rows: ``subject`` (the person), ``site``, ``age``, ``split``, ``pretrained_on``, and other columns.
         method: That pretrained the weights; None where nothing says so.
         path: The table.
+        origin: What embedded the rows just now, whose ``keys`` then have a column ``volume``; None for a table.
     """
 
     name: str
@@ -63,6 +75,7 @@ class Layer:
     keys: pd.DataFrame
     method: str | None
     path: Path
+    origin: Origin | None = None
 
     def people(self, keep: npt.NDArray[Any]) -> People:
         """The rows where ``keep`` points."""
@@ -139,7 +152,7 @@ def evaluate_age_site(
         parts, public, said = _parts(layer, folds, seeds)
         notes += said
         _check_people(layer, np.any([one.train | one.internal | one.external for one in parts[0]], axis=0))
-        _refuse_pretrained(layer, parts if not leave_site_out else list(_site_parts(layer)))
+        notes += _refuse_pretrained(layer, parts if not leave_site_out else list(_site_parts(layer)))
         for arm in ("embedding", *(("embedding + ComBat",) if combat else ())):
             kept = tuple(combat_covariates) if arm != "embedding" else None
             for seed in range(seeds):
@@ -216,7 +229,8 @@ def evaluate_probe(
     if out is not None and (out / "eval" / "probes.json").exists() and not force:
         raise ConfigError("this folder holds probes already", where=str(out), fix="choose another --out, or --force")
     read = _layers(source, out, manifest, layers, normalise, columns, mapping, force)
-    rows, notes = [], []
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
     for layer in read:
         _require(layer, (target,))
         _check_subjects(layer)
@@ -227,7 +241,8 @@ def evaluate_probe(
         labels = layer.keys[target]
         numeric = pd.api.types.is_numeric_dtype(labels) and labels.nunique() > _CLASSES
         chosen: Task = task or ("regression" if numeric else "classification")
-        rows += _probe_rows(layer, labels.to_numpy(object), chosen, kinds, folds, n_bootstrap, seed)
+        found, said = _probe_rows(layer, labels.to_numpy(object), chosen, kinds, folds, n_bootstrap, seed)
+        rows, notes = [*rows, *found], [*notes, *said]
         if set(_test_splits(layer)) & {"internal_test", EXTERNAL} and folds is None:
             notes.append(PUBLIC)
     # Of measures in their own units, directions mean nothing.
@@ -290,7 +305,7 @@ def _layers(
     if manifest is None or out is None:
         raise ConfigError("a run is embedded first: that needs a manifest and a folder", fix="add --manifest and --out")
     from medssl.models.weights import head_from_weights
-    from medssl.runs.embed import embed
+    from medssl.runs.embed import embed, open_for_weights
 
     found = layers or (("z", "h") if head_from_weights(source) is not None else ("h",))
     read = []
@@ -298,7 +313,9 @@ def _layers(
         path = out / "embeddings" / f"{layer}.parquet"
         embed(source, manifest, path, layer=layer, mapping=mapping, force=force)
         read.append(_layer(path, normalise, None, None))
-    return read
+    _, people, _ = open_for_weights(source, manifest, mapping=mapping)
+    volumes = people.chosen.table["volume"].to_numpy()  # in the order in which they were embedded
+    return [replace(one, keys=one.keys.assign(volume=volumes), origin=Origin(source, people)) for one in read]
 
 
 def _layer(
@@ -427,23 +444,39 @@ def _site_parts(layer: Layer) -> list[list[Part]]:
     return [parts]
 
 
-def _refuse_pretrained(layer: Layer, parts: list[list[Part]]) -> None:
-    """Nobody who is evaluated may have been pretrained on: the weights know their age and their site."""
-    if "pretrained_on" not in layer.keys:
-        return
+def _refuse_pretrained(layer: Layer, parts: list[list[Part]]) -> list[str]:
+    """Nobody who is evaluated may have been pretrained on: the weights know their age and their site.
+
+    Returns what the guard of a run's weights could not look for.
+    """
     evaluated = np.any([one.internal | one.external for several in parts for one in several], axis=0)
-    # Of a column with missing cells, CSV gives back texts. Another scan of somebody who was seen counts as seen.
-    rows = layer.keys["pretrained_on"].astype(str).str.lower().isin(("true", "1", "1.0")).to_numpy()
-    seen = layer.keys["subject"].isin(set(layer.keys["subject"][rows])).to_numpy() & evaluated
-    if seen.any():
-        people = layer.keys.loc[seen, "subject"].astype(str).unique()
-        raise DataError(
-            f"{len(people)} evaluated people were pretrained on by these weights",
-            where=str(layer.path),
-            found=", ".join(people[:_SHOWN]),
-            fix="evaluate people of test splits that the pretraining left out, or pretrain in every fold "
-            "(`medssl compare`)",
-        )
+    fix = "evaluate people of test splits that the pretraining left out, or pretrain in every fold (`medssl compare`)"
+    if "pretrained_on" in layer.keys:
+        # Of a column with missing cells, CSV gives back texts. Another scan of somebody who was seen counts as seen.
+        rows = layer.keys["pretrained_on"].astype(str).str.lower().isin(("true", "1", "1.0")).to_numpy()
+        seen = layer.keys["subject"].isin(set(layer.keys["subject"][rows])).to_numpy() & evaluated
+        if seen.any():
+            people = layer.keys.loc[seen, "subject"].astype(str).unique()
+            raise DataError(
+                f"{len(people)} evaluated people were pretrained on by these weights",
+                where=str(layer.path),
+                found=", ".join(people[:_SHOWN]),
+                fix=fix,
+            )
+    if layer.origin is None:
+        return []
+    from medssl.runs.leaks import check_weights
+
+    # The scan that was pretrained on need not be among those that are evaluated.
+    cohort = layer.origin.cohort
+    rows = cohort.chosen.table["volume"].isin(layer.keys.loc[evaluated, "volume"]).to_numpy(dtype=bool)
+    arms = {layer.method or "these weights": layer.origin.weights}
+    try:
+        found = check_weights(arms, cohort, cohort.chosen.select(rows), role="evaluation", transductive=False)
+    except DataError as error:
+        message = f"evaluated people were pretrained on by these weights: {error.message}"
+        raise DataError(message, where=error.where, found=error.found, fix=fix) from error
+    return list(found.notes)
 
 
 def _predict(
@@ -576,11 +609,12 @@ def _probe_rows(
     folds: int | None,
     n_bootstrap: int,
     seed: int,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """One row for each kind of probe, and what the guard against leaks had to say."""
     subject = layer.keys["subject"].to_numpy(object)
     nobody = np.zeros(len(labels), dtype=bool)
     if folds is not None:
-        _refuse_pretrained(layer, [[Part("0", nobody, ~nobody, nobody)]])
+        notes = _refuse_pretrained(layer, [[Part("0", nobody, ~nobody, nobody)]])
         everyone = Labelled(layer.X, labels, subject)
         scores = [
             folded(PROBES[kind], everyone, task=task, n_folds=folds, n_bootstrap=n_bootstrap, seed=seed)
@@ -589,11 +623,11 @@ def _probe_rows(
     else:
         with_site = layer if "site" in layer.keys else replace(layer, keys=layer.keys.assign(site=""))
         part = _parts(with_site, None, 1)[0][0][0]
-        _refuse_pretrained(layer, [[part]])
+        notes = _refuse_pretrained(layer, [[part]])
         held = part.internal | part.external
         train, test = (Labelled(layer.X[rows], labels[rows], subject[rows]) for rows in (part.train, held))
         scores = [PROBES[kind](train, test, task=task, n_bootstrap=n_bootstrap, seed=seed) for kind in kinds]
-    return [{"layer": layer.name, "method": layer.method, **score.to_json()} for score in scores]
+    return [{"layer": layer.name, "method": layer.method, **score.to_json()} for score in scores], notes
 
 
 def _spread(layer: Layer, second: Path | None, mapping: Mapping[str, str] | None) -> dict[str, Any]:

@@ -293,3 +293,22 @@ def test_a_run_is_embedded_at_its_layers_and_then_evaluated(tmp_path, no_report)
         run, target="sex", kinds=("knn",), manifest=manifest, layers=("block0",), out=tmp_path / "p", n_bootstrap=100
     ).fields
     assert found["rows"][0]["layer"] == "block0"
+    # Another session of somebody who was pretrained on, in a manifest without the session that was.
+    who, later = rows["subject"][rows["split"] == "train"].iloc[0], tmp_path / "later.csv"
+    values = np.random.default_rng(1).standard_normal((len(measures), 6))
+    again = measures.join(pd.DataFrame(values, columns=[f"area_{i}" for i in range(6)]))
+    again.to_csv(tmp_path / "again.csv", index=False)
+    cohort.scan(tmp_path / "again.csv", later, kind="table", options={}, force=False)
+    sessions = pd.read_csv(later, dtype=str, keep_default_na=False)
+    sessions["split"] = np.where(sessions["subject"] == who, "test", "train")
+    sessions.to_csv(later, index=False)
+    for evaluate in (
+        lambda: evaluate_age_site(run, tmp_path / "a", manifest=later, layers=("h",), **QUICK),
+        lambda: evaluate_probe(
+            run, target="sex", kinds=("knn",), manifest=later, layers=("h",), out=tmp_path / "b", n_bootstrap=100
+        ),
+    ):
+        with pytest.raises(DataError, match=f"evaluated people were pretrained on(.|\n)*group {who} is in") as caught:
+            evaluate()
+        assert "transductive" not in str(caught.value)
+        assert "medssl compare" in caught.value.fix
