@@ -9,6 +9,7 @@ import pytest
 from medssl.core.errors import ConfigError, DiskError
 from medssl.core.files import atomic_write
 from medssl.data.manifest import ManifestMeta, read_manifest, write_manifest
+from medssl.methods.segmentation import SegmentationConfig
 from medssl.runs.cohort import check
 from medssl.runs.finetune import finish
 from medssl.runs.folder import open_run, record_run
@@ -76,7 +77,10 @@ def test_person_and_structure_called_na_are_counted(tmp_path, monkeypatch):
     class Leaks:
         n_groups, notes = 0, ()
 
+    class Config:
+        task = SegmentationConfig()
+
     with pytest.raises(StopIteration):
-        finish(None, None, tmp_path, {cell: done}, Leaks())
+        finish(Config(), None, tmp_path, {cell: done}, Leaks())
     assert seen["rows"][["group", "class"]].to_numpy().tolist() == [["NA", "None"], ["1", "2"]]
     assert seen["rows"]["dice"].isna().tolist() == [False, True]
