@@ -81,6 +81,17 @@ class RunConfig(StrictModel):
         """2 for slices, 3 for slabs and volumes, 0 for rows of feature tables."""
         return {"slice": 2, "features": 0}.get(self.items.geometry, 3)
 
+    @property
+    def schedule_note(self) -> str | None:
+        """Says it where the learning rate would only rise: the warm-up takes all steps, and the schedule is unused."""
+        steps, schedule = self.training.steps, self.schedule
+        if schedule.name == "constant" or steps is None or schedule.warmup_steps < steps:
+            return None
+        return (
+            f"The learning rate rises in all {steps} steps and never falls: schedule.warmup_steps is "
+            f"{schedule.warmup_steps}, so `{schedule.name}` does nothing."
+        )
+
     def _check_encoder(self) -> None:
         name = self.model.encoder.name
         if (name == "mlp") != (self.spatial_dims == 0):

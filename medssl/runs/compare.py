@@ -42,6 +42,9 @@ def compare(config: CompareConfig, *, resume: bool = False, allow_changed: bool 
     resolve_precision(config.training, resolve_accelerator(config.training))
     cohort = open_people(config)
     folds, notes = plan_folds(config, cohort)
+    if config.schedule_note:
+        notes = [config.schedule_note, *notes]
+        log.warning("%s", config.schedule_note)
     by_name = {fold.name: fold for fold in folds}
     checked = check_arms(config, cohort, folds)
     cells = plan_cells(config, by_name)

@@ -175,6 +175,8 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, allow_changed: boo
         Interrupted: Asked to stop; resumable.
     """
     resolve_precision(config.training, resolve_accelerator(config.training))
+    if config.schedule_note:
+        log.warning("%s", config.schedule_note)
     cohort = open_finetune(config)
     leaks = check_leaks(config, cohort)
     draws = plan_draws(config, cohort)

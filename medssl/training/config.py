@@ -52,6 +52,9 @@ class ScheduleConfig(StrictModel):
     def _steps_of_step(self) -> ScheduleConfig:
         if (self.name == "step") != (self.every_steps is not None):
             raise ValueError("every_steps belongs to the schedule `step`, which needs it")
+        for name, owner in (("gamma", "step"), ("final_fraction", "cosine")):
+            if self.name != owner and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} belongs to the schedule `{owner}` and does nothing in `{self.name}`")
         return self
 
 

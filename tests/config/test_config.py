@@ -277,3 +277,16 @@ def test_an_encoder_without_maps_for_a_decoder_is_refused_where_one_is_trained(l
     with pytest.raises(ConfigError, match="task `segmentation` .* use unet2d or unet3d"):
         load(with_value(FINETUNE, "model.encoder", {"name": "densenet121_3d"}), model=FinetuneConfig)
     assert load(with_value(PRETRAIN, "model.encoder", {"name": "resnet18_2d"})).model.encoder.stem_stride == 2
+
+
+def test_a_schedule_that_never_falls_is_said_so(load):
+    config = load(PRETRAIN, ["training.steps=20", "schedule={name: cosine, warmup_steps: 20}"])
+    assert "never falls" in config.schedule_note
+    for fine in ("{name: cosine, warmup_steps: 19}", "{name: constant, warmup_steps: 20}"):
+        assert load(PRETRAIN, ["training.steps=20", f"schedule={fine}"]).schedule_note is None
+
+
+@pytest.mark.parametrize("schedule", ["{name: constant, final_fraction: 0.1}", "{name: cosine, gamma: 0.5}"])
+def test_settings_of_another_schedule_are_refused(load, schedule):
+    with pytest.raises(ConfigError, match="does nothing"):
+        load(PRETRAIN, [f"schedule={schedule}"])
