@@ -181,6 +181,8 @@ class Method(nn.Module, ABC):
     encoder: nn.Module
     decoder: nn.Module | None
     head: nn.Module | None
+    steps_per_epoch: int = 1
+    """Steps in which about every item is seen once; the loop sets it before it asks for ``refresh_steps``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,3 +210,20 @@ class Method(nn.Module, ABC):
 
     def refresh(self, embed_all: EmbedAll) -> None:  # noqa: B027 - only clustering methods do anything here
         """Recompute what depends on the whole training set (pseudo-labels, prototypes)."""
+
+    def reinitialised(self) -> Collection[nn.Parameter]:
+        """Weights that the last ``refresh`` drew anew: the loop forgets what the optimizer knew of them."""
+        return ()
+
+    def clusters(self) -> Ints | None:
+        """Pseudo-labels ``(heads, n)`` that ``refresh`` gave the training table's items, in its order; -1: none yet.
+
+        None for a method that keeps no labels. A sampler that balances clusters, and the labels that a run exports,
+        are made from them.
+        """
+        return None
+
+    def assign(self, h: Tensor) -> Tensor | None:
+        """Cluster ``(heads, n)`` int64 of each encoder output ``h`` ``(n, F)``; None for a method without clusters."""
+        del h
+        return None
