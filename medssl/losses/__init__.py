@@ -4,11 +4,14 @@ Inputs are raw embeddings; every function normalises where its definition does, 
 autocast says, and never communicates between processes (gather first, see `medssl.core.distributed`).
 """
 
-from medssl.losses.contrastive import global_contrastive, nt_xent
+from medssl.losses.contrastive import decoupled_contrastive, global_contrastive, nt_xent
 from medssl.losses.fairness import EnD, FairKL, end, fair_kl
 from medssl.losses.labels import label_kernel
 from medssl.losses.local import local_contrastive
+from medssl.losses.momentum import byol, queue_info_nce
 from medssl.losses.numerics import EmptyComparisonWarning
+from medssl.losses.pixel import pixel_contrast, ultrametric_tree
+from medssl.losses.redundancy import barlow_twins, vicreg
 from medssl.losses.regions import all_others, nearest_negatives, region_corners
 from medssl.losses.supcon import sup_con, sup_info_nce
 from medssl.losses.uniformity import alignment, decoupled_uniformity, uniformity
@@ -20,6 +23,9 @@ __all__ = [
     "FairKL",
     "alignment",
     "all_others",
+    "barlow_twins",
+    "byol",
+    "decoupled_contrastive",
     "decoupled_uniformity",
     "end",
     "fair_kl",
@@ -30,9 +36,13 @@ __all__ = [
     "local_contrastive",
     "nearest_negatives",
     "nt_xent",
+    "pixel_contrast",
+    "queue_info_nce",
     "region_corners",
     "sup_con",
     "sup_info_nce",
+    "ultrametric_tree",
     "uniformity",
+    "vicreg",
     "y_aware",
 ]

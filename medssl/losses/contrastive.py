@@ -1,14 +1,15 @@
-"""Contrastive losses between embeddings of whole images: NT-Xent and its partition-aware forms."""
+"""Contrastive losses between embeddings of whole images: NT-Xent, its decoupled and its partition-aware forms."""
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from medssl.core.errors import ShapeError
+from medssl.core.errors import InputError, ShapeError
 from medssl.core.transfer import onto
 from medssl.losses.numerics import (
     check_choice,
@@ -52,6 +53,50 @@ def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float = 0.1) -> Tensor:
         similarity.fill_diagonal_(-torch.inf)
         partner = torch.arange(len(z), device=z.device).roll(len(z1))  # row i of z1 <-> row i of z2
         return cross_entropy(similarity, partner)
+
+
+def decoupled_contrastive(
+    z1: Tensor, z2: Tensor, *, temperature: float = 0.1, weight_sigma: float | None = None
+) -> Tensor:
+    """Decoupled contrastive loss: NT-Xent whose positive is left out of the denominator; the mean of both directions.
+
+    Yeh et al. 2022, "Decoupled Contrastive Learning" (arXiv:2110.06848), Eqs. (5), (6). With unit rows u and
+    s = u u^T / temperature, anchor i of view 1 contributes -w[i] s[i, its other view] + LSE of s over the 2 (N - 1)
+    rows of other items in both views; the same with the views exchanged. DCL has w = 1; DCLW has
+    w[i] = 2 - N softmax over i of (u1[i] u2[i] / weight_sigma), in both directions, and is differentiated through it.
+
+    Args:
+        z1: (N, D) float. Projections of the first view; need not be unit length.
+        z2: (N, D) float. Projections of the second view; row i of both is the same item.
+        temperature: Above 0, dimensionless.
+        weight_sigma: None for DCL; above 0 for DCLW (the paper: 0.5).
+
+    Returns:
+        Scalar in float32 or wider. Neither bounded below by 0 nor usually above it.
+
+    Raises:
+        ShapeError: The shapes differ or are not (N, D).
+        InputError: A batch of one item (no negatives), a temperature or weight_sigma that is not positive, or tensors
+            that are not floating.
+    """
+    check_float("z1", z1, "(N, D)", 2)
+    check_paired("z1", z1, "z2", z2)
+    check_temperature(temperature)
+    if weight_sigma is not None and not (weight_sigma > 0 and math.isfinite(weight_sigma)):
+        raise InputError("weight_sigma must be a positive number", found=str(weight_sigma), fix="the paper has 0.5")
+    n = len(z1)
+    if n < 2:
+        raise InputError("a batch of one item has no negatives: the loss is not defined", fix="use two items or more")
+    with exact_float32(z1.device):
+        u = unit(torch.cat([z1, z2]))  # (2N, D)
+        similarity = (u / temperature) @ u.T
+        own = torch.arange(2 * n, device=u.device) % n
+        negatives = similarity.masked_fill(own[:, None] == own[None, :], -torch.inf).logsumexp(1)
+        agreement = (u[:n] * u[n:]).sum(1)  # (N,)
+        positive = agreement / temperature
+        if weight_sigma is not None:
+            positive = positive * (2 - n * (agreement / weight_sigma).softmax(0))
+        return negatives.mean() - positive.mean()
 
 
 def global_contrastive(

@@ -8,7 +8,10 @@ import torch
 
 from medssl.losses import (
     alignment,
+    barlow_twins,
+    byol,
     contrastive,
+    decoupled_contrastive,
     decoupled_uniformity,
     end,
     fair_kl,
@@ -16,11 +19,15 @@ from medssl.losses import (
     l_exp,
     l_thr,
     label_kernel,
+    momentum,
     nt_xent,
+    queue_info_nce,
+    redundancy,
     sup_con,
     sup_info_nce,
     supcon,
     uniformity,
+    vicreg,
     weak,
     y_aware,
 )
@@ -29,6 +36,11 @@ uniformity_module = sys.modules[decoupled_uniformity.__module__]  # its name is 
 
 LOSSES = {
     "nt_xent": lambda z, y, w: nt_xent(z[:, 0], z[:, 1]),
+    "decoupled_contrastive": lambda z, y, w: decoupled_contrastive(z[:, 0], z[:, 1], weight_sigma=0.5),
+    "queue_info_nce": lambda z, y, w: queue_info_nce(z[:, 0], z[:, 1], z[:, 1], negative_mask=w > 0.5),
+    "byol": lambda z, y, w: byol(z[:, 0], z[:, 1], z[:, 1], z[:, 0]),
+    "barlow_twins": lambda z, y, w: barlow_twins(z[:, 0], z[:, 1]) + barlow_twins(z[:, 0].T, z[:, 1].T),
+    "vicreg": lambda z, y, w: vicreg(z[:, 0], z[:, 1]) + vicreg(z[:, 0].T, z[:, 1].T),
     "sup_con": lambda z, y, w: sup_con(z, y, epsilon=0.5),
     "sup_info_nce": lambda z, y, w: sup_info_nce(z, y) + sup_info_nce(z, y.float(), form="in"),
     "y_aware": lambda z, y, w: y_aware(z, w),
@@ -44,7 +56,15 @@ LOSSES = {
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_never_wait_for_values(name, monkeypatch):
-    for module in (contrastive, fairness, supcon, uniformity_module, weak):  # autocast knows no meta device
+    for module in (
+        contrastive,
+        fairness,
+        momentum,
+        redundancy,
+        supcon,
+        uniformity_module,
+        weak,
+    ):  # autocast knows no meta device
         monkeypatch.setattr(module, "exact_float32", lambda device: contextlib.nullcontext())
     z = torch.randn(6, 2, 4, device="meta", requires_grad=True)
     codes, ages = torch.zeros(6, dtype=torch.int64, device="meta"), torch.zeros(6, device="meta")

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from medssl.core.distributed import gather, world_size
 from medssl.losses import (
     alignment,
+    barlow_twins,
+    byol,
+    decoupled_contrastive,
     decoupled_uniformity,
     end,
     fair_kl,
@@ -21,16 +24,20 @@ from medssl.losses import (
     local_contrastive,
     nearest_negatives,
     nt_xent,
+    queue_info_nce,
     region_corners,
     sup_con,
     sup_info_nce,
     uniformity,
+    vicreg,
     y_aware,
 )
+from medssl.losses.numerics import unit
 
 N, D = 12, 6  # 3 volumes x 4 partitions, as one global batch
 PARTITION, VOLUME = torch.arange(N) % 4, torch.arange(N) // 4
 AGE = torch.tensor([20.0, 31, 31, 55, 54, 20, 70, 66, 23, 40, 41, 20], dtype=torch.float64)
+QUEUE = unit(torch.randn(20, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
 CORNERS = region_corners((8, 8), 3)
 
 
@@ -49,6 +56,13 @@ ROWS = {
     "global gr": lambda z, p, v: global_contrastive(z[:, 1:], strategy="gr"),
     "global gd-": gd("gd-"),
     "global gd": gd("gd"),
+    "decoupled_contrastive": lambda z, p, v: decoupled_contrastive(z[:, 1], z[:, 2], weight_sigma=0.5),
+    "queue_info_nce": lambda z, p, v: queue_info_nce(
+        z[:, 0], z[:, 1], QUEUE, negative_mask=p[:, None] != torch.arange(len(QUEUE)) % 4
+    ),
+    "byol": lambda z, p, v: byol(z[:, 0], z[:, 1], z[:, 2], z[:, 1]),
+    "barlow_twins": lambda z, p, v: barlow_twins(z[:, 0], z[:, 1]),
+    "vicreg": lambda z, p, v: vicreg(z[:, 0], z[:, 1]),
 }
 # Partitions stand for diagnoses and volumes for sites; the kernel is made of gathered ages on every process.
 LABELLED = {
