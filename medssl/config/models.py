@@ -119,6 +119,9 @@ class PretrainConfig(RunConfig):
     """A regulariser beside the method that takes an attribute (the site) out of its embedding; null: none."""
     weights: Path | None = None
     """Run folder or weights folder to begin from (the local contrast begins from the global one's encoder)."""
+    cluster_columns: tuple[str, ...] = ()
+    """Of a method with clusters: columns of the manifest, or partition, volume or subject, with which the clusters are
+    compared after every refresh and at the end (logs/clusters.csv, report). Nothing is learnt from them."""
 
     @property
     def needs(self) -> Needs:
@@ -153,6 +156,11 @@ def check_needs(config: PretrainConfig) -> None:
         )
     if (needs.partitions or config.sampler.name.startswith("partition")) and not config.items.partitions:
         problems.append("items.partitions: required by the method or the sampler, but missing")
+    entry = METHODS[method]
+    if config.sampler.name == "cluster_balanced" and not entry.keeps_clusters:
+        problems.append(f"sampler `cluster_balanced` balances clusters, which method `{method}` does not store")
+    if config.cluster_columns and not entry.has_clusters:
+        problems.append(f"cluster_columns: method `{method}` has no clusters to compare: remove them")
     views = resolve_views(config.views, config.spatial_dims)
     if views.n_views < needs.views:
         problems.append(f"method `{method}` needs views.n_views: {needs.views}, not {views.n_views}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from medssl.core.distributed import gather
 from medssl.core.errors import ConfigError
 from medssl.core.schema import StrictModel
-from medssl.core.types import EmbedAll, ItemTable, LossOutput, Method, ViewBatch
+from medssl.core.types import EmbedAll, Ints, ItemTable, LossOutput, Method, ViewBatch
 from medssl.data.weak_labels import LabelUse
 from medssl.losses import EmptyComparisonWarning, end, fair_kl, label_kernel
 from medssl.methods.classes import check_bins, class_labels
@@ -144,6 +144,15 @@ class Debiased(Method):
         """The head of the method."""
         return self.inner.head
 
+    @property
+    def steps_per_epoch(self) -> int:  # type: ignore[override]  # the method's own
+        """As the method has it."""
+        return self.inner.steps_per_epoch
+
+    @steps_per_epoch.setter
+    def steps_per_epoch(self, steps: int) -> None:
+        self.inner.steps_per_epoch = steps
+
     def fit_labels(self, table: ItemTable) -> None:
         """As the method does."""
         self.inner.fit_labels(table)
@@ -159,6 +168,18 @@ class Debiased(Method):
     def refresh(self, embed_all: EmbedAll) -> None:
         """As the method does."""
         self.inner.refresh(embed_all)
+
+    def reinitialised(self) -> Collection[nn.Parameter]:
+        """As the method does."""
+        return self.inner.reinitialised()
+
+    def clusters(self) -> Ints | None:
+        """As the method does."""
+        return self.inner.clusters()
+
+    def assign(self, h: Tensor) -> Tensor | None:
+        """As the method does."""
+        return self.inner.assign(h)
 
     def training_loss(self, batch: ViewBatch) -> LossOutput:
         """The method's loss plus the regulariser, over the items of every process.

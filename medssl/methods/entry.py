@@ -30,6 +30,16 @@ class MethodEntry:
     summary: str
     source: str
 
+    @property
+    def keeps_clusters(self) -> bool:
+        """Whether the method stores a pseudo-label of every item, which a sampler can balance."""
+        return getattr(self.method, "clusters", Method.clusters) is not Method.clusters
+
+    @property
+    def has_clusters(self) -> bool:
+        """Whether it can say which cluster an item belongs to, stored or computed."""
+        return self.keeps_clusters or getattr(self.method, "assign", Method.assign) is not Method.assign
+
     def build(self, config: Any, parts: ModelParts, *, seed: int = 0) -> Method:
         """The method on ``parts``; weights that it adds (heads) are determined by ``seed``.
 

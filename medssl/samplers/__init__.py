@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import Final
 
 from medssl.samplers.base import Sampler
+from medssl.samplers.cluster_balanced import ClusterBalancedConfig, ClusterBalancedSampler
 from medssl.samplers.few_label import FewLabelConfig, FewLabelSampler
 from medssl.samplers.partition import (
     PartitionConfig,
@@ -28,6 +29,7 @@ SAMPLERS: Final[Mapping[str, type[Sampler]]] = MappingProxyType(
         "few_label": FewLabelSampler,
         "site_balanced": SiteBalancedSampler,
         "age_site_balanced": AgeSiteBalancedSampler,
+        "cluster_balanced": ClusterBalancedSampler,
     }
 )
 
@@ -35,6 +37,8 @@ __all__ = [
     "SAMPLERS",
     "AgeSiteBalancedConfig",
     "AgeSiteBalancedSampler",
+    "ClusterBalancedConfig",
+    "ClusterBalancedSampler",
     "FewLabelConfig",
     "FewLabelSampler",
     "PartitionConfig",

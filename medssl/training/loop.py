@@ -21,12 +21,12 @@ from medssl.core.types import Method
 from medssl.training.checkpoint import Checkpoints
 from medssl.training.config import OptimizerConfig, ScheduleConfig, TrainingConfig
 from medssl.training.device import Batch, LossModule, build_fabric, seed_networks
-from medssl.training.embedding import embed_table
 from medssl.training.guards import check_finite_state, check_losses, no_memory, out_of_memory
 from medssl.training.lock import RunLock
 from medssl.training.logs import MetricsLog, ProgressLine
 from medssl.training.monitors import CollapseAlarm, effective_rank, embedding_spread
 from medssl.training.optimizers import build_optimizer, schedule_factor
+from medssl.training.refreshing import Refreshes
 from medssl.training.resume import Progress, restore, snapshot
 from medssl.training.signals import StopFlag
 from medssl.training.source import BatchSource
@@ -186,10 +186,8 @@ class _Loop:
             if found is not None:
                 self.saved_step, self.skipped = found.step, found.skipped
         self.total = float("inf") if self.settings.steps is None else float(self.settings.steps)
-        if self.settings.steps is not None:
-            self.refreshes = frozenset(int(s) for s in self.method.refresh_steps(self.settings.steps))
-        else:
-            self.refreshes = frozenset()
+        self.refreshes = Refreshes(self.method, self.source, self.optimizer, self.settings.steps)
+        self.refreshes.follow()
         self.begun = self.saved_at = time.monotonic()
         self.seconds_before = self.progress.seconds
         if self.first:
@@ -253,8 +251,12 @@ class _Loop:
     # -- one step -------------------------------------------------------------------------------------------------
 
     def _step(self, step: int) -> None:
-        if step in self.refreshes:
-            self._refresh(step)
+        due = self.refreshes.due(step, self._share())
+        if due > self.progress.refreshes:
+            self._check_losses()  # names the items of a bad step by the sampler that drew them
+            self.refreshes.run()
+            self.progress.refreshes = due
+            self._say("refresh", step=step)
         waiting = time.perf_counter()
         rate = self._set_rate(step)
         try:
@@ -282,10 +284,10 @@ class _Loop:
 
     def _horizon(self, step: int) -> int | None:
         """The first later step that must not be prepared ahead: a refresh may change what it is."""
-        limits = [later for later in self.refreshes if later > step]
-        if self.settings.steps is not None:
-            limits.append(self.settings.steps)
-        return min(limits) if limits else step + 1 + self.source.prefetch
+        if self.settings.steps is None:
+            return step + 1 + self.source.prefetch  # a refresh drops what was prepared
+        refresh = self.refreshes.next(step)
+        return self.settings.steps if refresh is None else min(refresh, self.settings.steps)
 
     def _set_rate(self, step: int) -> float:
         total = self.total
@@ -301,12 +303,6 @@ class _Loop:
         if self.settings.seconds is not None:
             return min(1.0, self.progress.seconds / self.settings.seconds)
         return self.progress.step / self.total
-
-    def _refresh(self, step: int) -> None:
-        self.source.reset()
-        self.method.refresh(lambda: embed_table(self.method, self.source))
-        self.method.train()
-        self._say("refresh", step=step)
 
     # -- what happens between steps -------------------------------------------------------------------------------
 

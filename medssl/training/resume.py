@@ -21,7 +21,7 @@ from medssl.training.state import load_module, load_optimizer, module_tensors, o
 
 log = logging.getLogger(__name__)
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 # Settings of `training` that leave the result as it is; devices and threads are compared as the environment.
 FREE: Final = frozenset(
     {
@@ -48,6 +48,7 @@ class Progress:
         alarm: Counts of the collapse alarm.
         step: Steps done.
         seconds: Seconds spent, over all resumptions.
+        refreshes: Of the method, done until now.
         best_step, best_score: Of the validation.
         best: The method's state at the best step, on the CPU.
     """
@@ -55,6 +56,7 @@ class Progress:
     alarm: CollapseAlarm
     step: int = 0
     seconds: float = 0.0
+    refreshes: int = 0
     best_step: int | None = None
     best_score: float | None = None
     best: dict[str, Tensor] | None = None
@@ -83,6 +85,7 @@ def snapshot(training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "format": FORMAT,
         "step": progress.step,
         "seconds": progress.seconds,
+        "refreshes": progress.refreshes,
         "seed": training.seed,
         "best_step": progress.best_step,
         "best_score": progress.best_score,
@@ -112,6 +115,7 @@ def restore(training: Training, *, allow_changed: bool) -> Loaded | None:
     load_optimizer(training.optimizer, found.tensors, info["optimizer"])
     progress = training.progress
     progress.step, progress.seconds = found.step, float(info["seconds"])
+    progress.refreshes = info["refreshes"]
     progress.best_step, progress.best_score = info["best_step"], info["best_score"]
     progress.best = under(found.tensors, "best") or None
     progress.alarm.below, progress.alarm.alarms = info["alarm"]["below"], list(info["alarm"]["alarms"])

@@ -85,6 +85,7 @@ SETTINGS = {
     "few_label": {"batch_size": 12},
     "site_balanced": {"attribute": "site", "n_sites": 3, "n_per_site": 4},
     "age_site_balanced": {"attribute": "site", "age": "age", "batch_size": 12, "bin_width": 5.0},
+    "cluster_balanced": {"batch_size": 12, "head": 1},
 }
 TABLE = make_table([8, 9, 10, 11, 8, 8], [0, 0, 1, 1, 2, 3])
 PEOPLE = make_table([1] * 40, list(range(40)), n_partitions=1)
