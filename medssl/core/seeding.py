@@ -21,6 +21,7 @@ BOOTSTRAP: Final = 8
 COHORT: Final = 9
 MASK: Final = 10
 LATENT: Final = 11
+CLUSTERS: Final = 12
 
 
 def numpy_rng(*keys: int) -> np.random.Generator:
