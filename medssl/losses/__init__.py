@@ -13,7 +13,9 @@ from medssl.losses.numerics import EmptyComparisonWarning
 from medssl.losses.pixel import pixel_contrast, ultrametric_tree
 from medssl.losses.redundancy import barlow_twins, vicreg
 from medssl.losses.regions import all_others, nearest_negatives, region_corners
+from medssl.losses.sinkhorn import sinkhorn_knopp
 from medssl.losses.supcon import sup_con, sup_info_nce
+from medssl.losses.swav import swav
 from medssl.losses.uniformity import alignment, decoupled_uniformity, uniformity
 from medssl.losses.weak import l_exp, l_thr, y_aware
 
@@ -39,9 +41,11 @@ __all__ = [
     "pixel_contrast",
     "queue_info_nce",
     "region_corners",
+    "sinkhorn_knopp",
     "sup_con",
     "sup_info_nce",
     "ultrametric_tree",
+    "swav",
     "uniformity",
     "vicreg",
     "y_aware",

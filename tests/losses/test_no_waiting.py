@@ -21,17 +21,22 @@ from medssl.losses import (
     label_kernel,
     momentum,
     nt_xent,
+    pixel,
+    pixel_contrast,
     queue_info_nce,
     redundancy,
+    sinkhorn_knopp,
     sup_con,
     sup_info_nce,
     supcon,
+    swav,
     uniformity,
     vicreg,
     weak,
     y_aware,
 )
 
+swav_module, sinkhorn_module = sys.modules[swav.__module__], sys.modules[sinkhorn_knopp.__module__]
 uniformity_module = sys.modules[decoupled_uniformity.__module__]  # its name is also that of a function
 
 LOSSES = {
@@ -41,6 +46,7 @@ LOSSES = {
     "byol": lambda z, y, w: byol(z[:, 0], z[:, 1], z[:, 1], z[:, 0]),
     "barlow_twins": lambda z, y, w: barlow_twins(z[:, 0], z[:, 1]) + barlow_twins(z[:, 0].T, z[:, 1].T),
     "vicreg": lambda z, y, w: vicreg(z[:, 0], z[:, 1]) + vicreg(z[:, 0].T, z[:, 1].T),
+    "pixel_contrast": lambda z, y, w: pixel_contrast(z[:, 0], y, y[:, None], y[:, None].expand(-1, 3)),
     "sup_con": lambda z, y, w: sup_con(z, y, epsilon=0.5),
     "sup_info_nce": lambda z, y, w: sup_info_nce(z, y) + sup_info_nce(z, y.float(), form="in"),
     "y_aware": lambda z, y, w: y_aware(z, w),
@@ -49,6 +55,7 @@ LOSSES = {
     "fair_kl": lambda z, y, w: sum(vars(fair_kl(z[:, 0], y, labels=y)).values()),
     "fair_kl weights": lambda z, y, w: sum(vars(fair_kl(z[:, 0], y.float(), weights=w)).values()),
     "end": lambda z, y, w: sum(vars(end(z[:, 0], y, y)).values()),
+    "swav": lambda z, y, w: swav(z, z[:, 0].detach(), queue=z.detach().transpose(0, 1)),
     "alignment": lambda z, y, w: alignment(z[:, 0], z[:, 1], alpha=1.0) + uniformity(z[:, 0]),
     "decoupled_uniformity": lambda z, y, w: decoupled_uniformity(z, prior_kernel=w),
 }
@@ -60,6 +67,8 @@ def test_losses_never_wait_for_values(name, monkeypatch):
         contrastive,
         fairness,
         momentum,
+        swav_module,
+        sinkhorn_module,
         redundancy,
         supcon,
         uniformity_module,

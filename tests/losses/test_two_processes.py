@@ -24,10 +24,12 @@ from medssl.losses import (
     local_contrastive,
     nearest_negatives,
     nt_xent,
+    pixel_contrast,
     queue_info_nce,
     region_corners,
     sup_con,
     sup_info_nce,
+    swav,
     uniformity,
     vicreg,
     y_aware,
@@ -38,7 +40,9 @@ N, D = 12, 6  # 3 volumes x 4 partitions, as one global batch
 PARTITION, VOLUME = torch.arange(N) % 4, torch.arange(N) // 4
 AGE = torch.tensor([20.0, 31, 31, 55, 54, 20, 70, 66, 23, 40, 41, 20], dtype=torch.float64)
 QUEUE = unit(torch.randn(20, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+PROTOTYPES = torch.linspace(-1, 1, 5 * D, dtype=torch.float64).view(5, D).cos()
 CORNERS = region_corners((8, 8), 3)
+ROW = 3 * torch.arange(N)
 
 
 def gd(strategy):
@@ -56,6 +60,11 @@ ROWS = {
     "global gr": lambda z, p, v: global_contrastive(z[:, 1:], strategy="gr"),
     "global gd-": gd("gd-"),
     "global gd": gd("gd"),
+    # Views are pixels here, items images: pixel 0 of each image with pixel 1 against pixel 2 and the next image's.
+    "pixel_contrast": lambda z, p, v: pixel_contrast(
+        z.flatten(0, 1), ROW, ROW[:, None] + 1, torch.stack([ROW + 2, (ROW + 5) % (3 * N)], 1)
+    ),
+    "swav": lambda z, p, v: swav(z, PROTOTYPES, assign_views=(0, 2)),
     "decoupled_contrastive": lambda z, p, v: decoupled_contrastive(z[:, 1], z[:, 2], weight_sigma=0.5),
     "queue_info_nce": lambda z, p, v: queue_info_nce(
         z[:, 0], z[:, 1], QUEUE, negative_mask=p[:, None] != torch.arange(len(QUEUE)) % 4
