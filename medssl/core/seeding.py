@@ -22,6 +22,7 @@ COHORT: Final = 9
 MASK: Final = 10
 LATENT: Final = 11
 CLUSTERS: Final = 12
+DEFORMATION: Final = 13
 
 
 def numpy_rng(*keys: int) -> np.random.Generator:
