@@ -6,6 +6,7 @@ autocast says, and never communicates between processes (gather first, see `meds
 
 from medssl.losses.contrastive import decoupled_contrastive, global_contrastive, nt_xent
 from medssl.losses.fairness import EnD, FairKL, end, fair_kl
+from medssl.losses.iic import iic, iic_segmentation
 from medssl.losses.labels import label_kernel
 from medssl.losses.local import local_contrastive
 from medssl.losses.momentum import byol, queue_info_nce
@@ -32,6 +33,8 @@ __all__ = [
     "end",
     "fair_kl",
     "global_contrastive",
+    "iic",
+    "iic_segmentation",
     "l_exp",
     "l_thr",
     "label_kernel",

@@ -69,6 +69,7 @@ def test_losses_never_wait_for_values(name, monkeypatch):
         momentum,
         swav_module,
         sinkhorn_module,
+        pixel,
         redundancy,
         supcon,
         uniformity_module,
