@@ -18,6 +18,8 @@ from medssl.losses import (
     end,
     fair_kl,
     global_contrastive,
+    iic,
+    iic_segmentation,
     l_exp,
     l_thr,
     label_kernel,
@@ -60,6 +62,7 @@ ROWS = {
     "global gr": lambda z, p, v: global_contrastive(z[:, 1:], strategy="gr"),
     "global gd-": gd("gd-"),
     "global gd": gd("gd"),
+    "iic": lambda z, p, v: iic(z[:, 0], z[:, 1], lamb=1.5),
     # Views are pixels here, items images: pixel 0 of each image with pixel 1 against pixel 2 and the next image's.
     "pixel_contrast": lambda z, p, v: pixel_contrast(
         z.flatten(0, 1), ROW, ROW[:, None] + 1, torch.stack([ROW + 2, (ROW + 5) % (3 * N)], 1)
@@ -96,7 +99,11 @@ def with_kernel(loss):
     return lambda z, y, b, age: loss(z, y, b, label_kernel(age, sigma=15.0))
 
 
-MAPS = {"local lr": dense("lr"), "local ld": dense("ld")}
+MAPS = {
+    "iic segmentation": lambda f, p, v: iic_segmentation(f[:, 0], f[:, 1], max_displacement=1),
+    "local lr": dense("lr"),
+    "local ld": dense("ld"),
+}
 
 
 def losses_and_gradients(rank: int, processes: int) -> dict[str, tuple[Tensor, Tensor]]:
