@@ -60,7 +60,7 @@ def decoupled_contrastive(
 ) -> Tensor:
     """Decoupled contrastive loss: NT-Xent whose positive is left out of the denominator; the mean of both directions.
 
-    Yeh et al. 2022, "Decoupled Contrastive Learning" (arXiv:2110.06848), Eqs. (5), (6). With unit rows u and
+    Yeh et al. 2022, "Decoupled Contrastive Learning" (arXiv:2110.06848). With unit rows u and
     s = u u^T / temperature, anchor i of view 1 contributes -w[i] s[i, its other view] + LSE of s over the 2 (N - 1)
     rows of other items in both views; the same with the views exchanged. DCL has w = 1; DCLW has
     w[i] = 2 - N softmax over i of (u1[i] u2[i] / weight_sigma), in both directions, and is differentiated through it.

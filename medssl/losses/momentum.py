@@ -74,7 +74,7 @@ def _log_sum_exp(similarity: Tensor, negatives: Tensor | None) -> Tensor:
 def byol(p1: Tensor, p2: Tensor, target1: Tensor, target2: Tensor) -> Tensor:
     """Squared distance of the prediction from each view to the teacher's projection of the other view.
 
-    Grill et al. 2020, "Bootstrap your own latent" (arXiv:2006.07733), Eqs. (2), (3): with unit rows,
+    Grill et al. 2020, "Bootstrap your own latent" (arXiv:2006.07733), Eq. (2): with unit rows,
     |p1 - target2|^2 + |p2 - target1|^2, the mean over items of the sum of both directions (no half of it).
 
     Args:

@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
+from medssl.methods.align_uniform import AlignUniform, AlignUniformConfig
+from medssl.methods.barlow_twins import BarlowTwins, BarlowTwinsConfig
+from medssl.methods.dcl import DCL, DCLConfig
 from medssl.methods.debias import DebiasConfig, Debiased, EnDConfig, FairKLConfig, TargetConfig, with_debias
 from medssl.methods.decoupled_uniformity import DecoupledUniformity, DecoupledUniformityConfig
 from medssl.methods.entry import MethodEntry
@@ -18,12 +21,37 @@ from medssl.methods.supcon import SupCon, SupConConfig
 from medssl.methods.supervised import Supervised, SupervisedConfig
 from medssl.methods.targets import ClassificationConfig, RegressionConfig, TargetTask
 from medssl.methods.vae import VAE, VAEConfig
+from medssl.methods.vicreg import VICReg, VICRegConfig
 from medssl.methods.y_aware import YAware, YAwareConfig
 
 METHODS: Final[Mapping[str, MethodEntry]] = MappingProxyType(
     {
         "simclr": MethodEntry(
             SimCLRConfig, SimCLR, "two views attract, other images repel", "Chen et al. 2020 (arXiv:2002.05709)"
+        ),
+        "dcl": MethodEntry(
+            DCLConfig,
+            DCL,
+            "SimCLR without the positive in the denominator, for small batches",
+            "Yeh et al. 2022 (arXiv:2110.06848)",
+        ),
+        "align_uniform": MethodEntry(
+            AlignUniformConfig,
+            AlignUniform,
+            "views attract, items spread evenly over the sphere",
+            "Wang & Isola 2020 (arXiv:2005.10242)",
+        ),
+        "barlow_twins": MethodEntry(
+            BarlowTwinsConfig,
+            BarlowTwins,
+            "each dimension agrees between views and with no other dimension",
+            "Zbontar et al. 2021 (arXiv:2103.03230)",
+        ),
+        "vicreg": MethodEntry(
+            VICRegConfig,
+            VICReg,
+            "views agree, dimensions keep their variance and do not covary",
+            "Bardes et al. 2022 (arXiv:2105.04906)",
         ),
         "gcl": MethodEntry(
             GCLConfig,

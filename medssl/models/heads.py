@@ -25,15 +25,20 @@ def mlp(in_features: int, hidden: int, out_features: int, *, bias: bool = True) 
 
 
 class ProjectionHead(nn.Module):
-    """Encoder output h (N, F) to projection z (N, D): linear, optional norm, ReLU, linear.
+    """Encoder output h (N, F) to projection z (N, D): hidden layers (linear, optional norm, ReLU), then a linear map.
 
-    Chen et al. 2020 (arXiv:2002.05709), section 2.1. Exported beside the encoder, because some protocols evaluate z.
+    One hidden layer is the head of Chen et al. 2020 (arXiv:2002.05709), section 2.1; with batch norm, the projector
+    and predictor of BYOL (arXiv:2006.07733); two hidden layers with batch norm, the projector of Barlow Twins
+    (arXiv:2103.03230) and expander of VICReg (arXiv:2105.04906). Exported beside the encoder, because some protocols
+    evaluate z.
 
     Args:
         in_features: F.
-        hidden: Width between the two layers.
+        hidden: Width of the hidden layers.
         out_features: D.
-        norm: "none" (the paper's formula), or "batch": batch norm over all processes after the first layer.
+        norm: "none" (the paper's formula), or "batch": batch norm over all processes after each hidden layer.
+        n_hidden: Number of hidden layers.
+        bias: Whether the last layer adds one. A loss that does not see the mean of z cannot learn it.
 
     Attributes:
         architecture: What ``build_head`` needs to build it again.
@@ -41,7 +46,15 @@ class ProjectionHead(nn.Module):
 
     kind: Final = "projection"
 
-    def __init__(self, in_features: int, hidden: int, out_features: int, norm: HeadNorm = "none") -> None:
+    def __init__(
+        self,
+        in_features: int,
+        hidden: int,
+        out_features: int,
+        norm: HeadNorm = "none",
+        n_hidden: int = 1,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.architecture: dict[str, Any] = {
@@ -50,11 +63,17 @@ class ProjectionHead(nn.Module):
             "hidden": hidden,
             "out_features": out_features,
             "norm": norm,
+            "n_hidden": n_hidden,
+            "bias": bias,
         }
-        layers: list[nn.Module] = [nn.Linear(in_features, hidden, bias=norm == "none")]
-        if norm == "batch":
-            layers.append(SyncBatchNorm(hidden))
-        self.layers = nn.Sequential(*layers, nn.ReLU(inplace=True), nn.Linear(hidden, out_features))
+        layers: list[nn.Module] = []
+        for _ in range(n_hidden):
+            layers.append(nn.Linear(in_features, hidden, bias=norm == "none"))
+            if norm == "batch":
+                layers.append(SyncBatchNorm(hidden))
+            layers.append(nn.ReLU(inplace=True))
+            in_features = hidden
+        self.layers = nn.Sequential(*layers, nn.Linear(in_features, out_features, bias=bias))
 
     def forward(self, h: Tensor) -> Tensor:
         """(N, in_features) to (N, out_features), raw: comparisons normalise."""

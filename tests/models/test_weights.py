@@ -174,9 +174,9 @@ def test_other_strides_than_the_weights_were_trained_with_are_reported(tmp_path,
     assert "trained with strides" in caplog.text
 
 
-@pytest.mark.parametrize("norm", ["none", "batch"])
-def test_the_projection_head_is_kept_beside_the_encoder(tmp_path, norm):
-    head = ProjectionHead(8, 5, 3, norm=norm)
+@pytest.mark.parametrize("settings", [{}, {"norm": "batch", "n_hidden": 2, "bias": False}], ids=str)
+def test_the_projection_head_is_kept_beside_the_encoder(tmp_path, settings):
+    head = ProjectionHead(8, 5, 3, **settings)
     with torch.no_grad():
         head(torch.randn(4, 8))  # moves running statistics
     save_weights(tmp_path / "weights", encoder(), head=head)
