@@ -26,7 +26,7 @@ from medssl.models import read_model
 from medssl.reporting.tables import write_csv
 from medssl.runs.compare_folds import Fold, rows_of
 from medssl.runs.embed import embed_rows
-from medssl.runs.grid import Result, fingerprint
+from medssl.runs.grid import NOT_RESULT_TRAINING, Result, fingerprint
 from medssl.runs.labels import prior_fingerprint, training_items
 from medssl.runs.pretrain import build_method, empty_batches
 from medssl.runs.volumes import Cohort, open_items, weights_statistics
@@ -43,7 +43,6 @@ ROWS_AT_ONCE: Final = 1024
 _NOT_RESULT: Final = {
     "name", "runs", "status", "kind", "arms", "jobs", "seed", "sampler", "protocol", "data", "training",
 }  # fmt: skip
-_NOT_RESULT_TRAINING: Final = {"workers", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "log_every"}
 
 
 @dataclass(frozen=True)
@@ -244,7 +243,7 @@ class CompareRunner:
         """Fingerprint of everything that determines the cell's result."""
         config, arm = self.config, self.config.arm(cell.arm)
         settings = config.model_dump(mode="json", exclude=_NOT_RESULT)
-        training = config.training.model_dump(mode="json", exclude=_NOT_RESULT_TRAINING)
+        training = config.training.model_dump(mode="json", exclude=set(NOT_RESULT_TRAINING))
         own: dict[str, Any] = arm.model_dump(mode="json", exclude={"name", "weights"})
         if arm.method is None:
             settings = {}

@@ -21,7 +21,7 @@ from medssl.models import build_decoder, build_encoder, load_weights, read_model
 from medssl.reporting import build_report
 from medssl.reporting.tables import write_csv
 from medssl.runs.folder import open_run, record_run, run_folder, tracked
-from medssl.runs.grid import Cell, Result, check_keys, fingerprint, run_grid
+from medssl.runs.grid import NOT_RESULT_TRAINING, Cell, Result, check_keys, fingerprint, run_grid
 from medssl.runs.leaks import LeakCheck, check_weights
 from medssl.runs.summary import UPPER_BOUND, Finetuned, summarise_grid
 from medssl.runs.tasks import TaskRun, task_run
@@ -32,9 +32,8 @@ from medssl.training.device import resolve_accelerator, resolve_precision
 
 log = logging.getLogger(__name__)
 
-# Settings that change where and how fast a cell is computed, but not its result.
+# Settings that change where a cell is computed and what is kept of it, but not its result.
 _NOT_RESULT = {"name", "runs", "status", "grid", "save_predictions", "kind"}
-_NOT_RESULT_TRAINING = {"workers", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "log_every"}
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class CellRunner:
         arm = self.arm(cell)
         draw = self.draws[cell.n_labelled, cell.draw]
         settings = self.config.model_dump(mode="json", exclude=_NOT_RESULT)
-        settings["training"] = {k: v for k, v in settings["training"].items() if k not in _NOT_RESULT_TRAINING}
+        settings["training"] = {k: v for k, v in settings["training"].items() if k not in NOT_RESULT_TRAINING}
         settings["data"] = {k: v for k, v in settings["data"].items() if k in ("prepare", "map")}
         run = task_run(self.config, self.cohort)
         if self.config.spatial_dims == 0:

@@ -7,15 +7,15 @@ import json
 import logging
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Final, Protocol, TypeVar
 
 import torch
 
-from medssl.core.errors import ConfigError, Interrupted
+from medssl.core.errors import ConfigError, Interrupted, MedsslError
 from medssl.core.files import atomic_write, write_json
 from medssl.training.signals import StopFlag
 
@@ -27,6 +27,12 @@ _LOOK_S = 0.5
 """Seconds between looks at the flag that asks to stop."""
 _SAY_S = 5.0
 """Seconds between lines about the cells, of which there may be hundreds of a second each."""
+
+
+NOT_RESULT_TRAINING: Final = frozenset(
+    {"workers", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "log_every"}
+)
+"""Settings of `training` that change where and how fast a cell is computed, but not its result."""
 
 
 class GridCell(Protocol):
@@ -117,6 +123,7 @@ def run_grid(
     *,
     keys: Mapping[AnyCell, str],
     jobs: int = 1,
+    failures: dict[AnyCell, Exception] | None = None,
 ) -> dict[AnyCell, Result]:
     """Compute every cell that is not finished yet.
 
@@ -126,13 +133,14 @@ def run_grid(
         folder: Parent of the cells' folders.
         keys: Per cell the fingerprint of its settings.
         jobs: Processes; each computes one cell at a time with one thread.
+        failures: Gets the error of each cell that fails, and the others go on; None: the first failure ends the grid.
 
     Returns:
-        The result of every cell, in the order of ``cells``.
+        The result of every cell that has one, in the order of ``cells``.
 
     Raises:
         Interrupted: A cell was asked to stop; it and those not begun are computed by a resumed run.
-        MedsslError: The first failure, after the cells that were running have ended.
+        MedsslError: The first failure, after the cells that were running have ended; never with ``failures``.
     """
     results: dict[AnyCell, Result] = {}
     waiting = []
@@ -146,14 +154,26 @@ def run_grid(
         log.info("%d of %d cells are finished already", len(results), len(cells))
     with StopFlag() as stop:
         if jobs > 1 and len(waiting) > 1:
-            results |= _in_parallel(waiting, run_cell, folder, keys, jobs, stop)
-            return {cell: results[cell] for cell in cells}
+            results |= _in_parallel(waiting, run_cell, folder, keys, jobs, stop, failures)
+            return {cell: results[cell] for cell in cells if cell in results}
         said = _Said(len(waiting))
         for number, cell in enumerate(waiting):
             _check_stop(stop)
             said.line(number, f"begins {cell.name}")
-            results[cell] = _compute(run_cell, cell, folder / cell.name, keys[cell])
-    return {cell: results[cell] for cell in cells}
+            try:
+                results[cell] = _compute(run_cell, cell, folder / cell.name, keys[cell])
+            except Exception as error:
+                _keep_or_raise(error, cell, failures)
+    return {cell: results[cell] for cell in cells if cell in results}
+
+
+def _keep_or_raise(error: Exception, cell: AnyCell, failures: dict[AnyCell, Exception] | None) -> None:
+    """Note the failure of one cell, where the grid goes on without it; being asked to stop is none."""
+    if failures is None or isinstance(error, (Interrupted, BrokenExecutor)):
+        raise error
+    known = isinstance(error, MedsslError)  # anything else is a fault, whose place must not get lost
+    log.error("%s failed: %s", cell.name, error, exc_info=None if known else error)
+    failures[cell] = error
 
 
 class _Said:
@@ -198,6 +218,7 @@ def _in_parallel(
     keys: Mapping[AnyCell, str],
     jobs: int,
     stop: StopFlag,
+    failures: dict[AnyCell, Exception] | None,
 ) -> dict[AnyCell, Result]:
     results: dict[AnyCell, Result] = {}
     said = _Said(len(waiting))
@@ -212,8 +233,12 @@ def _in_parallel(
                 done, pending = wait(pending, timeout=_LOOK_S, return_when=FIRST_COMPLETED)
                 _check_stop(stop)
                 for future in done:
-                    results[futures[future]] = future.result()
-                    said.line(len(results), f"finished {futures[future].name}")
+                    cell = futures[future]
+                    try:
+                        results[cell] = future.result()
+                    except Exception as error:
+                        _keep_or_raise(error, cell, failures)
+                    said.line(len(futures) - len(pending), f"finished {cell.name}")
         except BaseException as error:
             for future in futures:
                 future.cancel()

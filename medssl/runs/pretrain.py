@@ -101,7 +101,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed: boo
     leader = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0")))) == 0
     folder = run_folder(config.runs, config.name)
     chosen, text = in_splits(manifest, config.data.splits), dump_config(config)
-    notes = check_labels(config, chosen, _tested(manifest))
+    notes = check_labels(config, chosen, tested_rows(manifest))
 
     def on_event(name: str, values: Mapping[str, Any]) -> None:
         del values
@@ -111,20 +111,14 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed: boo
     if leader:
         open_run(config.runs, config.name, kind="pretrain", config_text=text, manifest=chosen, resume=resume)
     with tracked(folder, "pretrain") if leader else contextlib.nullcontext({}) as info:
-        statistics = weights_statistics(config.weights)  # what the weights were trained on, if that were features
-        cohort = open_run_cohort(config, statistics=statistics)
-        with_maps = "label_map" in config.needs.labels
-        table, reader = training_items(config, cohort, cohort.chosen, statistics=statistics, with_labels=with_maps)
-        settings = config.sampler.model_dump(exclude={"name"})
-        sampler = SAMPLERS[config.sampler.name](table, seed=config.seed, **settings)
-        check_batch(config, sampler.batch_size)
-        method, begun_from = build_method(config, reader.image_shape, table)
-        source = BatchSource(sampler, reader, config.views, seed=config.seed, workers=config.training.workers)
+        cohort = open_run_cohort(config, statistics=weights_statistics(config.weights))
+        opened = open_training(config, cohort)
+        method, reader = opened.method, opened.source.reader
         fabric = build_fabric(config.training)
         distributed.barrier()
         trained = train(
             method,
-            source,
+            opened.source,
             config.training,
             optimizer=config.optimizer,
             schedule=config.schedule,
@@ -145,9 +139,40 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed: boo
             return Pretrained(folder, folder / "weights", {}, None)
         if isinstance(reader, FeatureReader):
             reader.statistics.save(folder / "weights" / STATISTICS)
-        done = finish(config, cohort, method, trained, folder, begun_from, leaks, notes)
+        done = finish(config, cohort, method, trained, folder, opened.begun_from, leaks, notes)
         info["collapse"] = trained.collapse
     return replace(done, report=build_report(folder))  # after the status says done
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What one pretraining trains: a method on batches; ``begun_from``: checksum of the weights it begins from."""
+
+    method: Method
+    source: BatchSource
+    begun_from: str | None
+
+
+def open_training(config: PretrainConfig, cohort: Cohort, *, untrained: bool = False) -> Opened:
+    """The method of a pretraining and the batches that it learns from.
+
+    Args:
+        config: The run.
+        cohort: Its volumes or rows of features, opened.
+        untrained: Leave out the weights that it begins from: to check everything else while they are not there yet.
+
+    Raises:
+        ConfigError, DataError: Items, sampler, batch or method do not fit each other.
+    """
+    statistics = weights_statistics(config.weights)  # what the weights were trained on, if that were features
+    with_maps = "label_map" in config.needs.labels
+    table, reader = training_items(config, cohort, cohort.chosen, statistics=statistics, with_labels=with_maps)
+    settings = config.sampler.model_dump(exclude={"name"})
+    sampler = SAMPLERS[config.sampler.name](table, seed=config.seed, **settings)
+    check_batch(config, sampler.batch_size)
+    method, begun_from = build_method(config, reader.image_shape, table, untrained=untrained)
+    source = BatchSource(sampler, reader, config.views, seed=config.seed, workers=config.training.workers)
+    return Opened(method, source, begun_from)
 
 
 def check_leaks(config: PretrainConfig, manifest: Manifest) -> list[str]:
@@ -155,7 +180,7 @@ def check_leaks(config: PretrainConfig, manifest: Manifest) -> list[str]:
 
     Returns what ``transductive`` let pass.
     """
-    test = _tested(manifest)
+    test = tested_rows(manifest)
     if len(test) == 0:
         return []
     chosen = in_splits(manifest, config.data.splits)
@@ -171,7 +196,8 @@ def check_leaks(config: PretrainConfig, manifest: Manifest) -> list[str]:
     return [str(leak) for leak in found]
 
 
-def _tested(manifest: Manifest) -> Manifest:
+def tested_rows(manifest: Manifest) -> Manifest:
+    """The rows of the test splits."""
     return manifest.select(manifest.table["split"].isin(TEST_SPLITS).to_numpy(dtype=bool))
 
 
@@ -211,13 +237,16 @@ def check_batch(config: PretrainConfig, batch_size: int) -> None:
         raise ConfigError(f"a batch of {batch_size} items cannot be shared by {processes} processes", where="sampler")
 
 
-def build_method(config: PretrainConfig, image_shape: tuple[int, ...], table: ItemTable) -> tuple[Method, str | None]:
+def build_method(
+    config: PretrainConfig, image_shape: tuple[int, ...], table: ItemTable, *, untrained: bool = False
+) -> tuple[Method, str | None]:
     """The method with its networks and regulariser, and the checksum of the weights it begins from.
 
     Args:
         config: The run.
         image_shape: (C, *spatial) of an item, or (F,).
         table: Everything that is trained on: the method looks at its labels once (`Method.fit_labels`).
+        untrained: Build it with random weights although it begins from others.
 
     Raises:
         ConfigError: A decoder is trained on a frozen encoder without weights; labels that the method cannot learn from.
@@ -228,10 +257,10 @@ def build_method(config: PretrainConfig, image_shape: tuple[int, ...], table: It
     if config.needs.decoder:
         decoder = build_decoder(encoder, blocks=config.model.decoder_blocks, seed=config.seed)
     begun_from = None
-    if config.weights is not None:
+    if config.weights is not None and not untrained:
         load_weights(encoder, config.weights)
         begun_from = read_model(config.weights)["sha256"]["encoder.safetensors"]
-    elif "encoder" not in config.needs.trains:
+    elif not untrained and "encoder" not in config.needs.trains:
         raise ConfigError(
             f"method `{config.method.name}` trains a decoder on a frozen encoder, which is random without weights",
             where="weights",
