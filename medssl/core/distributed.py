@@ -99,6 +99,18 @@ def _gather(tree: Any) -> Any:
     raise TypeError(f"gather takes tensors, None, tuples, lists, mappings and dataclasses, not {type(tree).__name__}")
 
 
+def from_first(tensor: Tensor) -> Tensor:
+    """The first process's values of a tensor that has one shape on every process, without gradient.
+
+    For what every process computes alike but must have to the bit, such as labels that a nearly tied comparison gives.
+    """
+    if world_size() == 1:
+        return tensor
+    shared = tensor.detach().contiguous().clone()
+    dist.broadcast(shared, src=0)
+    return shared
+
+
 def barrier() -> None:
     """Wait until every process is here; nothing to wait for with one."""
     if world_size() > 1:

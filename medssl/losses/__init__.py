@@ -4,6 +4,7 @@ Inputs are raw embeddings; every function normalises where its definition does, 
 autocast says, and never communicates between processes (gather first, see `medssl.core.distributed`).
 """
 
+from medssl.losses.assignment import cluster_cross_entropy, k_means, sela_assignment
 from medssl.losses.contrastive import decoupled_contrastive, global_contrastive, nt_xent
 from medssl.losses.fairness import EnD, FairKL, end, fair_kl
 from medssl.losses.iic import iic, iic_segmentation
@@ -28,6 +29,7 @@ __all__ = [
     "all_others",
     "barlow_twins",
     "byol",
+    "cluster_cross_entropy",
     "decoupled_contrastive",
     "decoupled_uniformity",
     "end",
@@ -35,6 +37,7 @@ __all__ = [
     "global_contrastive",
     "iic",
     "iic_segmentation",
+    "k_means",
     "l_exp",
     "l_thr",
     "label_kernel",
@@ -44,6 +47,7 @@ __all__ = [
     "pixel_contrast",
     "queue_info_nce",
     "region_corners",
+    "sela_assignment",
     "sinkhorn_knopp",
     "sup_con",
     "sup_info_nce",

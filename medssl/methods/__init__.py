@@ -9,12 +9,15 @@ from medssl.methods.barlow_twins import BarlowTwins, BarlowTwinsConfig
 from medssl.methods.dcl import DCL, DCLConfig
 from medssl.methods.debias import DebiasConfig, Debiased, EnDConfig, FairKLConfig, TargetConfig, with_debias
 from medssl.methods.decoupled_uniformity import DecoupledUniformity, DecoupledUniformityConfig
+from medssl.methods.deepcluster import DeepCluster, DeepClusterConfig
 from medssl.methods.entry import MethodEntry
 from medssl.methods.gcl import GCL, GCLConfig
 from medssl.methods.l_exp import LExp, LExpConfig
 from medssl.methods.l_thr import LThr, LThrConfig
 from medssl.methods.lcl import LCL, LCLConfig
+from medssl.methods.models_genesis import ModelsGenesis, ModelsGenesisConfig
 from medssl.methods.segmentation import Segmentation, SegmentationConfig
+from medssl.methods.sela import SeLa, SeLaConfig
 from medssl.methods.simclr import SimCLR, SimCLRConfig
 from medssl.methods.sup_info_nce import SupInfoNCE, SupInfoNCEConfig
 from medssl.methods.supcon import SupCon, SupConConfig
@@ -103,6 +106,24 @@ METHODS: Final[Mapping[str, MethodEntry]] = MappingProxyType(
             Supervised,
             "age or another label by L1, squared error or cross-entropy: the baseline",
             "Barbano et al. 2023 (arXiv:2211.08326), Table 1",
+        ),
+        "models_genesis": MethodEntry(
+            ModelsGenesisConfig,
+            ModelsGenesis,
+            "restores shuffled, recoloured and painted-over items; pretrains encoder and decoder",
+            "Zhou et al. 2021 (arXiv:2004.07882)",
+        ),
+        "sela": MethodEntry(
+            SeLaConfig,
+            SeLa,
+            "predicts labels that optimal transport gives all items under equally large clusters",
+            "Asano et al. 2020 (arXiv:1911.05371)",
+        ),
+        "deepcluster": MethodEntry(
+            DeepClusterConfig,
+            DeepCluster,
+            "predicts the k-means clusters of its own features",
+            "Caron et al. 2018 (arXiv:1807.05520); v2: Caron et al. 2020 (arXiv:2006.09882)",
         ),
         "vae": MethodEntry(
             VAEConfig,

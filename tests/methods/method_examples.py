@@ -84,6 +84,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"loss": "cross_entropy", "target": "diagnosis", "n_classes": 3, **HEAD},
         {"loss": "mse", "debias": {"name": "fair_kl", "on": "z", "weight": 0.1}, **HEAD},
     ],
+    "models_genesis": [{}, {"shuffle_probability": 1.0, "shuffle_windows": 20, "inpaint_share": 1.0}],
+    "sela": [{"n_clusters": 3, "n_heads": 2}, {"n_clusters": 4, "n_heads": 1, "n_assignments": 10, "views": 2}],
+    "deepcluster": [
+        {"n_clusters": 3, "refresh_epochs": 50.0},
+        {"n_clusters": 3, "refresh_epochs": 1.0, "form": "v2", "n_heads": 2, "views": 2, **HEAD},
+    ],
     "vae": [
         {"latent_dim": 6, "decoder_channels": 8},
         {"latent_dim": 4, "beta": 4.0, "debias": {"name": "end", "on": "z", "target": {"column": "diagnosis"}}},
