@@ -164,6 +164,8 @@ def check_needs(config: PretrainConfig) -> None:
     views = resolve_views(config.views, config.spatial_dims)
     if views.n_views < needs.views:
         problems.append(f"method `{method}` needs views.n_views: {needs.views}, not {views.n_views}")
+    if views.crops and not needs.multi_crop:
+        problems.append(f"method `{method}` takes views of one size: remove views.crops")
     if needs.original != views.original:
         problems.append(
             f"method `{method}` needs views.original: {str(needs.original).lower()} "
@@ -265,8 +267,8 @@ class FinetuneConfig(RunConfig):
             raise ValueError(f"items.geometry: task `{self.task.name}` is not defined for {self.items.geometry}")
         if self.task.needs().decoder and not ENCODERS[self.model.encoder.name].decoder:
             raise ValueError(no_decoder(f"task `{self.task.name}`", self.model.encoder.name))
-        if resolve_views(self.views, self.spatial_dims).n_views != 1:
-            raise ValueError("fine-tuning takes one view of each item: set views.n_views: 1")
+        if resolve_views(self.views, self.spatial_dims).n_views != 1 or self.views.crops:
+            raise ValueError("fine-tuning takes one view of each item: set views.n_views: 1, without views.crops")
         if self.training.devices * self.training.nodes != 1:
             raise ValueError(
                 "training.devices, training.nodes: each cell is trained by one process; "

@@ -131,6 +131,7 @@ class Needs:
         min_batch: Smallest global batch.
         trains: Which weights it leaves behind.
         features: What its ``LossOutput.features`` hold, for regularisers that are added to it.
+        multi_crop: It takes views of several sizes.
     """
 
     views: int = 2
@@ -144,6 +145,7 @@ class Needs:
     min_batch: int = 1
     trains: tuple[str, ...] = ("encoder",)
     features: tuple[str, ...] = ("h",)
+    multi_crop: bool = False
 
 
 @dataclass

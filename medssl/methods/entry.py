@@ -53,7 +53,7 @@ class MethodEntry:
 def stacked_views(batch: ViewBatch, n: int) -> Tensor:
     """The first ``n`` views under each other, (n N, C, *spatial): one pass through a network, one batch for its norms.
 
-    Views are of one size here; multi-crop methods do not use this.
+    Views are of one size here; `embed_views` takes several (multi-crop).
     """
     return torch.cat(batch.views[:n])
 
@@ -66,9 +66,18 @@ def split_views(rows: Tensor, n: int) -> Tensor:
 def embed_views(encoder: nn.Module, head: nn.Module, batch: ViewBatch, n: int | None = None) -> tuple[Tensor, Tensor]:
     """Features of view 0 and projections of the first ``n`` views (None: all), of this process's items.
 
+    The encoder passes once over the views of each size (multi-crop), the head once over everything.
+
     Returns:
         h (N, F) and z (N, n, D), both raw and with gradient.
     """
-    n = len(batch.views) if n is None else n
-    h = encoder(stacked_views(batch, n))
-    return h[: len(batch.views[0])], split_views(head(h), n)
+    views = batch.views[:n]
+    of_size: dict[tuple[int, ...], list[int]] = {}
+    for number, view in enumerate(views):
+        of_size.setdefault(tuple(view.shape[1:]), []).append(number)
+    features = [encoder(torch.cat([views[number] for number in numbers])) for numbers in of_size.values()]
+    z = split_views(head(torch.cat(features)), len(views))
+    order = [number for numbers in of_size.values() for number in numbers]
+    if order != sorted(order):
+        z = z[:, [order.index(number) for number in range(len(views))]]
+    return features[0][: len(views[0])], z

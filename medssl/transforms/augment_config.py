@@ -156,7 +156,7 @@ class AugmentConfig(StrictModel):
     clip: Annotated[tuple[float, float], AfterValidator(_ordered)] | None = None
     """Limits of the intensities after noise, for every item; None: no limits."""
     size: tuple[PositiveInt, ...] | None = None
-    """Voxels per axis of the view (multi-crop); None: those of the image."""
+    """Voxels per axis of the view; None: those of the image. Small views beside large ones: `views.crops`."""
     slice_axis: Axis | None = None
     """Axis of thick slices: nothing is cropped, rotated, scaled, shifted or blurred along it. None: all alike."""
 
@@ -214,3 +214,31 @@ class AugmentConfig(StrictModel):
                 found=", ".join(others),
                 fix="set views.preset: features, or an augment with noise and mask only",
             )
+
+
+class CropSet(StrictModel):
+    """More views of each item that show a small part of it in few voxels (multi-crop)."""
+
+    count: PositiveInt = 6
+    """Views of this set (Caron et al. 2020: 6)."""
+    size: Annotated[tuple[PositiveInt, ...], Field(min_length=2, max_length=3)]
+    """Voxels per axis of these views; at most those of the items (Caron et al. 2020: 96 x 96 of 224 x 224)."""
+    scale: ShareRange = (0.22, 0.37)
+    """Length of the box over that of the image, per axis. Caron et al. 2020 take 0.05 to 0.14 of the area of a slice;
+    these are the roots of that, and in volumes the same lengths."""
+    augment: AugmentConfig | None = None
+    """Everything else that is done to these views; null: what is done to the last view of full size."""
+
+    @model_validator(mode="after")
+    def _crops_itself(self) -> CropSet:
+        given = [name for name in ("crop_resize", "size") if self.augment and getattr(self.augment, name) is not None]
+        if given:
+            raise ValueError(
+                f"augment.{' and augment.'.join(given)}: the crops of a set are made by its size and scale"
+            )
+        return self
+
+    def policy(self, like: AugmentConfig) -> AugmentConfig:
+        """Of one of these views; ``like`` is that of a view of full size."""
+        base = like if self.augment is None else self.augment
+        return base.model_copy(update={"crop_resize": CropResize(scale=self.scale), "size": self.size})

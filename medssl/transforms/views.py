@@ -23,6 +23,7 @@ from medssl.transforms.augment_config import (
     Brightness,
     Contrast,
     CropResize,
+    CropSet,
     Flip,
     Gamma,
     Mask,
@@ -79,13 +80,15 @@ class ViewsConfig(StrictModel):
     """How many views of each item, and how they are made."""
 
     n_views: PositiveInt = 2
-    """All views, the original included."""
+    """All views of full size, the original included; `crops` come after them."""
     original: bool = False
     """View 0 is the item itself."""
     preset: str | None = None
     """A policy of ``PRESETS`` for every augmented view; ``simclr`` where ``augment`` is not given either."""
     augment: AugmentConfig | tuple[AugmentConfig, ...] | None = None
     """Instead of a preset: one policy for every augmented view, or a list with one for each."""
+    crops: tuple[CropSet, ...] = ()
+    """Multi-crop: sets of small views beside those of full size; any number of sets, for methods that take them."""
     artefacts: tuple[Artefact, ...] = ()
     """TorchIO artefacts, before everything else, in augmented views; slow, always on the CPU."""
 
@@ -100,7 +103,11 @@ class ViewsConfig(StrictModel):
                 f"augment lists {len(self.augment)} policies for {self.n_augmented} augmented views "
                 f"(n_views {self.n_views}{', one of them the original' if self.original else ''})"
             )
-        if self.n_augmented == 0 and (self.preset is not None or self.augment is not None or self.artefacts):
+        if (
+            self.n_augmented == 0
+            and not self.crops
+            and (self.preset is not None or self.augment is not None or self.artefacts)
+        ):
             raise ValueError("the only view is the original: leave preset, augment and artefacts out, or raise n_views")
         return self
 
@@ -110,12 +117,29 @@ class ViewsConfig(StrictModel):
         return self.n_views - int(self.original)
 
     @property
-    def policies(self) -> tuple[AugmentConfig, ...]:
-        """One policy per augmented view, the preset looked up."""
+    def full(self) -> tuple[AugmentConfig, ...]:
+        """One policy per augmented view of full size, the preset looked up."""
         if isinstance(self.augment, tuple):
             return self.augment
-        policy = PRESETS[self.preset or _DEFAULT] if self.augment is None else self.augment
-        return (policy,) * self.n_augmented
+        return (self._common,) * self.n_augmented
+
+    @property
+    def _common(self) -> AugmentConfig:
+        if isinstance(self.augment, AugmentConfig):
+            return self.augment
+        return self.augment[-1] if self.augment else PRESETS[self.preset or _DEFAULT]
+
+    @property
+    def policies(self) -> tuple[AugmentConfig, ...]:
+        """One policy per augmented view, crops last."""
+        crops = tuple(crop.policy(self._common) for crop in self.crops for _ in range(crop.count))
+        return (*self.full, *crops)
+
+    def sizes(self, image: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """Voxels per axis of each view of images of ``image`` voxels per axis."""
+        whole = tuple(image)
+        original = (whole,) if self.original else ()
+        return (*original, *(policy.size or whole for policy in self.policies))
 
     @property
     def moves(self) -> bool:
@@ -146,11 +170,30 @@ def resolve_views(config: ViewsConfig, spatial_dims: int) -> ViewsConfig:
     """
     if spatial_dims == 0 and config.artefacts:
         raise ConfigError("artefacts are for images", where="views.artefacts", fix="remove them for feature tables")
+    if spatial_dims == 0 and config.crops:
+        raise ConfigError("a row of a feature table has nothing to crop", where="views.crops", fix="remove it")
     for policy in config.policies:
         policy.check(spatial_dims)
     if config.n_augmented == 0:
         return config
-    return config.model_copy(update={"preset": None, "augment": config.policies})
+    return config.model_copy(update={"preset": None, "augment": config.full})
+
+
+def check_sizes(config: ViewsConfig, image: Sequence[int]) -> None:
+    """Refuse crops that are larger than the images of ``image`` voxels per axis.
+
+    Raises:
+        ConfigError: Names the set and the axes.
+    """
+    for number, crop in enumerate(config.crops):
+        axes = [axis for axis, (size, length) in enumerate(zip(crop.size, image, strict=True)) if size > length]
+        if axes:
+            raise ConfigError(
+                f"crops are larger than the items on ax{'i' if len(axes) == 1 else 'e'}s {', '.join(map(str, axes))}",
+                where=f"views.crops[{number}].size",
+                found=f"crops of {' x '.join(map(str, crop.size))}, items of {' x '.join(map(str, image))} voxels",
+                fix="give smaller crops, or larger items (items, data.prepare.size)",
+            )
 
 
 def make_views(

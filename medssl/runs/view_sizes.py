@@ -1,0 +1,40 @@
+"""Whether the views of a run, crops above all, fit its items, its encoder and its method."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from medssl.config import PretrainConfig
+from medssl.core.errors import ConfigError, ShapeError
+from medssl.models.vae import map_sizes
+from medssl.transforms.views import check_sizes
+
+
+def check_view_sizes(config: PretrainConfig, encoder: nn.Module, image_shape: tuple[int, ...]) -> None:
+    """Refuse views that the items are too small for, that the encoder cannot halve, or of sizes the method cannot mix.
+
+    Raises:
+        ConfigError: Says which.
+    """
+    whole = image_shape[1:]
+    if not whole:
+        return
+    check_sizes(config.views, whole)
+    sizes = set(config.views.sizes(whole))
+    if len(sizes) > 1 and not config.needs.multi_crop:
+        raise ConfigError(
+            f"method `{config.method.name}` takes views of one size",
+            where="views.augment",
+            found=", ".join(str(size) for size in sorted(sizes)),
+            fix="give every view the same size, or none",
+        )
+    for size in sorted(sizes - {whole}):
+        try:
+            map_sizes(encoder, (image_shape[0], *size))
+        except ShapeError as error:
+            raise ConfigError(
+                f"views of {' x '.join(map(str, size))} voxels do not fit the encoder: {error.message}",
+                where="views.crops" if config.views.crops else "views.augment",
+                found=error.found,
+                fix="use larger crops, or an encoder with fewer levels or strides",
+            ) from error
