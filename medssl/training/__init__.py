@@ -2,7 +2,8 @@
 
 from medssl.training.config import OptimizerConfig, ScheduleConfig, TrainingConfig
 from medssl.training.device import build_fabric
-from medssl.training.loop import TrainResult, train
+from medssl.training.entry import train
+from medssl.training.result import TrainResult
 from medssl.training.source import BatchSource
 
 __all__ = [

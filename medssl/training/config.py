@@ -86,11 +86,19 @@ class TrainingConfig(StrictModel):
     """Steps between rows of metrics.csv."""
     tensorboard: bool = False
     monitor_every: PositiveInt = 50
-    """Steps between looks at the embedding's spread and effective rank."""
+    """Steps between looks for signs of collapse, which the settings below define."""
     collapse_spread: NonNegativeFloat = 0.05
-    """Alarm when the spread of unit embeddings (1 when evenly spread, 0 when all are equal) is below; 0: never."""
+    """Constant embedding: spread of unit embeddings (1 when evenly spread, 0 when all are equal) below; 0: never."""
+    collapse_rank: NonNegativeFloat = 1.5
+    """Dimensional collapse: effective rank of the embedding (1: all on one line) below; 0: never. At most half of the
+    rank that the batch allows counts."""
+    collapse_chance: Fraction = 0.01
+    """Loss at chance: within this share of the loss of a uniform guess, where a method logs that; 0: never."""
+    collapse_prototypes: Fraction = 0.25
+    """Dead prototypes: below this share of the prototypes that the batch would prefer if all were alike, or a single
+    one; 0: never."""
     collapse_checks: PositiveInt = 3
-    """Looks in a row below the threshold before the alarm."""
+    """Looks in a row that show a sign before it is an alarm."""
 
     @field_validator("precision", mode="before")
     @classmethod

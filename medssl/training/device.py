@@ -11,6 +11,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 
+from medssl.core import distributed
 from medssl.core.errors import ConfigError
 from medssl.core.types import Method, ViewBatch
 from medssl.training.config import TrainingConfig
@@ -87,6 +88,16 @@ def seed_networks(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed_all(seed)
+
+
+def largest_anywhere(values: list[float], device: torch.device) -> list[float]:
+    """The largest of each value over processes; ``device`` is what they talk with."""
+    if distributed.world_size() == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+    found: list[float] = tensor.tolist()
+    return found
 
 
 class Batch:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +18,21 @@ from medssl.core.seeding import MODEL, derive_seed
 from medssl.core.types import Method
 from medssl.training.checkpoint import Checkpoints
 from medssl.training.config import OptimizerConfig, ScheduleConfig, TrainingConfig
-from medssl.training.device import Batch, LossModule, build_fabric, seed_networks
+from medssl.training.device import Batch, LossModule, largest_anywhere, seed_networks
 from medssl.training.guards import check_finite_state, check_losses, no_memory, out_of_memory
 from medssl.training.lock import RunLock
 from medssl.training.logs import MetricsLog, ProgressLine
-from medssl.training.monitors import CollapseAlarm, effective_rank, embedding_spread
+from medssl.training.monitors import WATCHED_LOGS, CollapseAlarm, collapse_signs
 from medssl.training.optimizers import build_optimizer, schedule_factor
 from medssl.training.refreshing import Refreshes
+from medssl.training.result import TrainResult
 from medssl.training.resume import Progress, restore, snapshot
 from medssl.training.signals import StopFlag
 from medssl.training.source import BatchSource
+from medssl.training.validation import Validation
 
 log = logging.getLogger(__name__)
 
-Validate = Callable[[Method, int], float]
 OnEvent = Callable[[str, Mapping[str, Any]], None]
 SYNC_EVERY_ON_GPU = 10
 LINGER_S = 5.0
@@ -41,101 +40,14 @@ LINGER_S = 5.0
 interrupted the others therefore leave last, so that the first can say that the run can be resumed."""
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """What came out of a training; the method itself holds the weights (the best ones where there was a validation).
-
-    Attributes:
-        steps: Steps done, over all resumptions.
-        seconds: Seconds of training, over all resumptions.
-        data_wait_share: Share of this process's time spent waiting for batches.
-        best_step, best_score: Of the validation; None without one.
-        collapse: One line per collapse alarm.
-        last: Values of the last logged row.
-        skipped: Checkpoints that could not be trusted when resuming.
-    """
-
-    steps: int
-    seconds: float
-    data_wait_share: float
-    best_step: int | None = None
-    best_score: float | None = None
-    collapse: list[str] = field(default_factory=list)
-    last: Mapping[str, float] = field(default_factory=dict)
-    skipped: list[str] = field(default_factory=list)
-
-
-def train(
-    method: Method,
-    source: BatchSource,
-    settings: TrainingConfig,
-    *,
-    seed: int,
-    run_dir: Path,
-    optimizer: OptimizerConfig | None = None,
-    schedule: ScheduleConfig | None = None,
-    fabric: Fabric | None = None,
-    resume: bool = False,
-    allow_changed: bool = False,
-    checkpoints: bool = True,
-    fingerprint: Mapping[str, Any] | None = None,
-    validate: Validate | None = None,
-    on_event: OnEvent | None = None,
-) -> TrainResult:
-    """Train ``method`` and leave its weights in it.
-
-    Random numbers that a network draws itself (dropout) come from torch's global generator, which is seeded from
-    (seed, step, rank) before each step; everything else is a pure function of (seed, step) already. A resumed run
-    therefore equals an undisturbed one bit for bit on the same machine, versions and thread count.
-
-    Args:
-        method: What to train; moved to the device.
-        source: Makes the batch of any step; placed on the device and rank found here.
-        settings: Budget, device, checkpoints, logs, monitors.
-        seed: The run's seed.
-        run_dir: Gets ``checkpoints/``, ``logs/metrics.csv``, ``run.lock`` and, if asked for, ``tensorboard/``.
-        optimizer, schedule: How weights are updated; None: the defaults.
-        fabric: A launched Fabric; None: built from ``settings``.
-        resume: Go on from the newest checkpoint that can be trusted; begin where there is none.
-        allow_changed: Resume although ``fingerprint`` changed.
-        checkpoints: False: nothing is saved, and an interruption loses this training. For one of seconds among
-            hundreds, which is done again as a whole.
-        fingerprint: JSON that must not change over a resumption (configuration, hash of the manifest); settings of
-            the training section that do not touch the result are left out of the comparison.
-        validate: ``validate(method, step) -> score``, larger is better; the best step's weights are kept and put
-            back at the end. Every process calls it.
-        on_event: Called as ``on_event(name, values)`` on the first process: started, checkpoint, validated,
-            collapse, refresh, finished.
-
-    Raises:
-        ConfigError: A device or precision that is not there; nothing trainable.
-        CheckpointError: Another process writes this run, the run changed, or no checkpoint can be trusted.
-        TrainingError: A loss that is not finite, or no memory at the first step.
-        DiskError: A checkpoint or log could not be written; earlier checkpoints are untouched.
-        Interrupted: SIGTERM, SIGINT or SIGUSR2; the state was saved, if ``checkpoints``.
-    """
-    with StopFlag() as stop, ExitStack() as stack:
-        fabric = build_fabric(settings) if fabric is None else fabric
-        lock = RunLock(run_dir)
-        if fabric.is_global_zero:
-            stack.enter_context(lock)
-        loop = _Loop(method, source, settings, optimizer or OptimizerConfig(), schedule or ScheduleConfig(), fabric)
-        loop.seed, loop.run_dir, loop.stop, loop.lock = seed, run_dir, stop, lock
-        loop.keeps_state = checkpoints
-        loop.validate, loop.on_event, loop.fingerprint = validate, on_event, dict(fingerprint or {})
-        stack.callback(loop.close)
-        loop.open(resume=resume, allow_changed=allow_changed)
-        return loop.run()
-
-
-class _Loop:
+class Loop:
     """One training in progress: the objects it works with, and ``progress``, which checkpoints hold."""
 
     seed: int
     run_dir: Path
     stop: StopFlag
     lock: RunLock
-    validate: Validate | None
+    validation: Validation | None
     on_event: OnEvent | None
     fingerprint: dict[str, Any]
     keeps_state: bool
@@ -155,13 +67,12 @@ class _Loop:
         self.optimizer = build_optimizer(self.model, optimizer, fused=fabric.device.type == "cpu")
         self.model, self.fabric_optimizer = fabric.setup(self.model, self.optimizer)
         source.place(fabric.device, fabric.global_rank, fabric.world_size)
-        self.progress = Progress(alarm=CollapseAlarm.from_settings(settings))
+        self.progress = Progress(alarm=CollapseAlarm(settings))
         self.first = fabric.is_global_zero
         self.sync_every = 1 if fabric.device.type == "cpu" else SYNC_EVERY_ON_GPU
         self.losses: list[tuple[int, Tensor]] = []
         self.waited = 0.0
         self.saved_step: int | None = None
-        self.validated_step: int | None = None
         self.metrics: MetricsLog | None = None
         self.last: dict[str, float] = {}
         self.skipped: list[str] = []
@@ -225,7 +136,8 @@ class _Loop:
             data_wait_share=self._wait_share(),
             best_step=self.progress.best_step,
             best_score=self.progress.best_score,
-            collapse=list(self.progress.alarm.alarms),
+            collapse=list(self.progress.alarm.alarms.values()),
+            recovered=list(self.progress.alarm.recovered),
             last=self.last,
             skipped=self.skipped,
         )
@@ -238,10 +150,10 @@ class _Loop:
 
     def _validate_end(self) -> None:
         """With a budget in seconds nobody knows which step is the last before it is done."""
-        if self.settings.seconds is None or self.validate is None or self.progress.step == self.first_step:
+        if self.settings.seconds is None or self.validation is None or self.progress.step == self.first_step:
             return
-        if self.validated_step != self.progress.step:
-            self._log(self.progress.step, {"validation": self._validate(self.progress.step)})
+        if self.validation.last_step != self.progress.step:
+            self._log(self.progress.step, {"validation": self._validate(self.validation)})
 
     def _done(self) -> bool:
         if self.settings.seconds is not None:
@@ -310,47 +222,33 @@ class _Loop:
         settings = self.settings
         last = settings.steps is not None and done == settings.steps
         watched = done % settings.monitor_every == 0
-        if watched and embedding is not None:
-            self._check_losses()  # singular values of what is not finite would fail first, and name nothing
-            values |= self._look(done, embedding)
-        if self.validate is not None and (last or done % self._validate_every() == 0):
-            values["validation"] = self._validate(done)
+        if watched:
+            values |= self._look(done, values, embedding)
+        if self.validation is not None and self.validation.due(done):
+            values["validation"] = self._validate(self.validation)
         if done % settings.log_every == 0 or done == 1 or last or watched or "validation" in values:
             self._log(done, values)
         if settings.checkpoint_every is not None and done % settings.checkpoint_every == 0:
             self._save()
 
-    def _validate_every(self) -> int:
-        if self.settings.validate_every is not None:
-            return self.settings.validate_every
-        return max(1, self.settings.steps // 20) if self.settings.steps is not None else 100
-
-    def _look(self, done: int, embedding: Tensor) -> dict[str, float | Tensor]:
-        spread = embedding_spread(embedding)
-        line = self.progress.alarm.look(done, spread)
-        if line is not None:
+    def _look(
+        self, done: int, values: Mapping[str, float | Tensor], embedding: Tensor | None
+    ) -> dict[str, float | Tensor]:
+        if embedding is None and not WATCHED_LOGS & values.keys():
+            return {}
+        self._check_losses()  # singular values of what is not finite would fail first, and name nothing
+        items = self.source.sampler.batch_size
+        signs, measured = collapse_signs(self.settings, logs=values, embedding=embedding, items=items)
+        lines = self.progress.alarm.look(done, signs)
+        for line in lines:
             log.warning("%s", line)
             self._say("collapse", step=done, message=line)
-        return {
-            "spread": spread,
-            "effective_rank": effective_rank(embedding),
-            "collapse_alarm": float(line is not None),
-        }
+        return {**measured, "collapse_alarm": float(bool(lines))}
 
-    def _validate(self, done: int) -> float:
-        assert self.validate is not None
+    def _validate(self, validation: Validation) -> float:
         self._check_losses()
-        self.method.eval()
-        with torch.no_grad():
-            score = float(self.validate(self.method, done))
-        self.method.train()
-        score = self._largest([score])[0]
-        self.validated_step = done
-        best = self.progress.best_score
-        if score == score and (best is None or score > best):  # NaN is never the best
-            self.progress.best_step, self.progress.best_score = done, score
-            self.progress.best = {name: v.detach().to("cpu", copy=True) for name, v in self.method.state_dict().items()}
-        self._say("validated", step=done, score=score)
+        score = validation.run(self.method, self.progress)
+        self._say("validated", step=self.progress.step, score=score)
         return score
 
     def _log(self, done: int, values: dict[str, float | Tensor]) -> None:
@@ -361,7 +259,7 @@ class _Loop:
 
     def _check_losses(self) -> None:
         losses, self.losses = self.losses, []
-        check_losses(losses, self.source, self.run_dir, self._largest)
+        check_losses(losses, self.source, self.run_dir, self.largest)
 
     def _agree(self) -> None:
         """What processes must do together: stop, save, and know the time. Waits for the device."""
@@ -369,7 +267,7 @@ class _Loop:
         minutes = self.settings.checkpoint_minutes
         due = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
         flags = [float(self.stop.raised is not None), float(due and self.first), self._elapsed()]
-        stopping, due_anywhere, self.progress.seconds = self._largest(flags)
+        stopping, due_anywhere, self.progress.seconds = self.largest(flags)
         if self.metrics is not None:
             self.last = self.metrics.flush() or self.last
             self.lock.beat()
@@ -388,14 +286,9 @@ class _Loop:
         if due_anywhere:
             self._save()
 
-    def _largest(self, values: list[float]) -> list[float]:
+    def largest(self, values: list[float]) -> list[float]:
         """The largest of each value over processes."""
-        if distributed.world_size() == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.fabric.device)
-        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
-        found: list[float] = tensor.tolist()
-        return found
+        return largest_anywhere(values, self.fabric.device)
 
     def _save(self) -> Path:
         path = self.checkpoints.folder / f"step-{self.progress.step}"
@@ -403,7 +296,7 @@ class _Loop:
             return path
         self._check_losses()
         check_finite_state(self.method, self.progress.step)
-        self.progress.seconds = self._largest([self._elapsed()])[0]
+        self.progress.seconds = self.largest([self._elapsed()])[0]
         if self.metrics is not None:
             self.last = self.metrics.flush() or self.last
         if not self.keeps_state:

@@ -45,7 +45,7 @@ class Progress:
     """How far a training is.
 
     Attributes:
-        alarm: Counts of the collapse alarm.
+        alarm: Signs of collapse until now.
         step: Steps done.
         seconds: Seconds spent, over all resumptions.
         refreshes: Of the method, done until now.
@@ -89,7 +89,7 @@ def snapshot(training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "seed": training.seed,
         "best_step": progress.best_step,
         "best_score": progress.best_score,
-        "alarm": {"below": progress.alarm.below, "alarms": progress.alarm.alarms},
+        "alarm": progress.alarm.state(),
         "optimizer": optimizer_info,
         "fingerprint": training.fingerprint,
         "environment": _environment(training.fabric),
@@ -118,7 +118,7 @@ def restore(training: Training, *, allow_changed: bool) -> Loaded | None:
     progress.refreshes = info["refreshes"]
     progress.best_step, progress.best_score = info["best_step"], info["best_score"]
     progress.best = under(found.tensors, "best") or None
-    progress.alarm.below, progress.alarm.alarms = info["alarm"]["below"], list(info["alarm"]["alarms"])
+    progress.alarm = CollapseAlarm(progress.alarm.settings, **info["alarm"])
     log.info("going on from step %d", found.step)
     return found
 

@@ -8,7 +8,6 @@ from pydantic import ValidationError
 from torch import nn
 
 from medssl.training.config import OptimizerConfig, ScheduleConfig
-from medssl.training.monitors import CollapseAlarm, effective_rank, embedding_spread
 from medssl.training.optimizers import LARS, build_optimizer, schedule_factor
 
 
@@ -102,29 +101,6 @@ def test_schedule_stays_in_range_and_never_rises_after_warm_up(total, warmup, fi
     assert all(0 < value <= 1 + 1e-12 for value in values)
     after = values[warmup:]
     assert all(later <= earlier + 1e-12 for earlier, later in zip(after, after[1:], strict=False))
-
-
-def test_spread_is_one_on_the_sphere_and_zero_when_collapsed():
-    z = torch.randn(20_000, 16, generator=torch.Generator().manual_seed(0))
-    assert embedding_spread(z) == pytest.approx(1.0, abs=0.01)
-    assert embedding_spread(torch.ones(10, 4)) == 0.0
-    assert embedding_spread(torch.arange(1.0, 11.0)[:, None] * torch.ones(1, 4)) == pytest.approx(0.0, abs=1e-7)
-    assert embedding_spread(torch.ones(1, 4)) == 0.0
-
-
-def test_effective_rank_counts_equal_directions():
-    directions = torch.cat([torch.eye(5), -torch.eye(5)])
-    assert effective_rank(directions) == pytest.approx(5.0)
-    assert effective_rank(torch.outer(torch.arange(6.0), torch.ones(4))) == pytest.approx(1.0)
-    assert effective_rank(torch.ones(6, 4)) == 0.0
-
-
-def test_the_alarm_waits_for_looks_in_a_row_and_can_go_off_again():
-    alarm = CollapseAlarm(threshold=0.1, checks=2)
-    spreads = [0.05, 0.5, 0.05, 0.04, 0.03, 0.5, 0.01, 0.01]
-    fired = [alarm.look(step, spread) is not None for step, spread in enumerate(spreads)]
-    assert fired == [False, False, False, True, False, False, False, True]
-    assert len(alarm.alarms) == 2
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])

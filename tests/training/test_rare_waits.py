@@ -15,13 +15,13 @@ from medssl.training.signals import StopFlag
 @pytest.fixture
 def rare_waits(monkeypatch):
     """Looks at losses and signals every tenth step, on a CPU."""
-    init = loop._Loop.__init__
+    init = loop.Loop.__init__
 
     def rarely(self, *arguments):
         init(self, *arguments)
         self.sync_every = loop.SYNC_EVERY_ON_GPU
 
-    monkeypatch.setattr(loop._Loop, "__init__", rarely)
+    monkeypatch.setattr(loop.Loop, "__init__", rarely)
 
 
 @pytest.mark.parametrize("settings", [{"monitor_every": 1}, {"monitor_every": 4}, {"monitor_every": 50}])
