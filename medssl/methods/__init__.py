@@ -6,12 +6,14 @@ from typing import Final
 
 from medssl.methods.align_uniform import AlignUniform, AlignUniformConfig
 from medssl.methods.barlow_twins import BarlowTwins, BarlowTwinsConfig
+from medssl.methods.byol import BYOL, BYOLConfig
 from medssl.methods.dcl import DCL, DCLConfig
 from medssl.methods.debias import DebiasConfig, Debiased, EnDConfig, FairKLConfig, TargetConfig, with_debias
 from medssl.methods.decoupled_uniformity import DecoupledUniformity, DecoupledUniformityConfig
 from medssl.methods.deepcluster import DeepCluster, DeepClusterConfig
 from medssl.methods.entry import MethodEntry
 from medssl.methods.gcl import GCL, GCLConfig
+from medssl.methods.iic_segmentation import IICSegmentation, IICSegmentationConfig
 from medssl.methods.l_exp import LExp, LExpConfig
 from medssl.methods.l_thr import LThr, LThrConfig
 from medssl.methods.lcl import LCL, LCLConfig
@@ -22,6 +24,7 @@ from medssl.methods.simclr import SimCLR, SimCLRConfig
 from medssl.methods.sup_info_nce import SupInfoNCE, SupInfoNCEConfig
 from medssl.methods.supcon import SupCon, SupConConfig
 from medssl.methods.supervised import Supervised, SupervisedConfig
+from medssl.methods.swav import SwAV, SwAVConfig
 from medssl.methods.targets import ClassificationConfig, RegressionConfig, TargetTask
 from medssl.methods.vae import VAE, VAEConfig
 from medssl.methods.vicreg import VICReg, VICRegConfig
@@ -55,6 +58,12 @@ METHODS: Final[Mapping[str, MethodEntry]] = MappingProxyType(
             VICReg,
             "views agree, dimensions keep their variance and do not covary",
             "Bardes et al. 2022 (arXiv:2105.04906)",
+        ),
+        "byol": MethodEntry(
+            BYOLConfig,
+            BYOL,
+            "a view predicts what a slow teacher makes of the other; nothing repels",
+            "Grill et al. 2020 (arXiv:2006.07733)",
         ),
         "gcl": MethodEntry(
             GCLConfig,
@@ -101,11 +110,23 @@ METHODS: Final[Mapping[str, MethodEntry]] = MappingProxyType(
             "centroids of views spread out, guided by weak labels or any embedding table",
             "Dufumier et al. 2023 (arXiv:2206.01646)",
         ),
+        "swav": MethodEntry(
+            SwAVConfig,
+            SwAV,
+            "views predict to which prototypes the batch assigns each other; small crops, queue",
+            "Caron et al. 2020 (arXiv:2006.09882)",
+        ),
         "supervised": MethodEntry(
             SupervisedConfig,
             Supervised,
             "age or another label by L1, squared error or cross-entropy: the baseline",
             "Barbano et al. 2023 (arXiv:2211.08326), Table 1",
+        ),
+        "iic_segmentation": MethodEntry(
+            IICSegmentationConfig,
+            IICSegmentation,
+            "clusters places so that they stay the same in another view; pretrains encoder and decoder",
+            "Ji et al. 2019 (arXiv:1807.06653)",
         ),
         "models_genesis": MethodEntry(
             ModelsGenesisConfig,

@@ -34,6 +34,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "align_uniform": [{}, {"alpha": 1.0, "t": 3.0, "uniform_weight": 2.0, **HEAD}],
     "barlow_twins": [HEAD, {"hidden_dim": 8, "projection_dim": 4, "redundancy_weight": 0.1}],
     "vicreg": [HEAD, {"projection_dim": 4, "hidden_dim": 8, "variance_weight": 10.0, "covariance_weight": 2.0}],
+    "byol": [HEAD, {"ema_decay": 0.9, "projection_dim": 8, "hidden_dim": 32}],
     "gcl": [{"strategy": "gd"}, {"strategy": "gd-"}, {"strategy": "gr", "pool": "avg"}],
     "lcl": [
         {"strategy": "lr"},
@@ -93,6 +94,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "vae": [
         {"latent_dim": 6, "decoder_channels": 8},
         {"latent_dim": 4, "beta": 4.0, "debias": {"name": "end", "on": "z", "target": {"column": "diagnosis"}}},
+    ],
+    "iic_segmentation": [
+        {"k_over": 5},
+        {"on": "encoder", "alternate_steps": None, "max_displacement": 0, "k_main": 2, "k_over": 4},
+        {"on": "encoder", "alternate_steps": 2, "collapsed": True, "lamb_main": 1.0},
     ],
     "segmentation": [
         {"n_classes": N_CLASSES},
