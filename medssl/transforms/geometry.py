@@ -81,8 +81,16 @@ def inverse_theta(theta: Tensor) -> Tensor:
         (N, d, d + 1), so that composing both leaves every coordinate where it was.
     """
     dims = theta.shape[1]
-    linear = torch.linalg.inv(theta[:, :, :dims].double())
+    linear = torch.linalg.inv_ex(theta[:, :, :dims].double()).inverse  # inv would wait for the device
     return torch.cat([linear, -linear @ theta[:, :, dims:].double()], dim=2).to(theta.dtype)
+
+
+def compose_theta(outer: Tensor, inner: Tensor) -> Tensor:
+    """The map that applies ``inner`` first and then ``outer``; all (N, d, d + 1)."""
+    dims = inner.shape[1]
+    linear = outer[:, :, :dims].double()
+    moved = linear @ inner.double()
+    return torch.cat([moved[:, :, :dims], moved[:, :, dims:] + outer[:, :, dims:].double()], dim=2).to(inner.dtype)
 
 
 def grid(theta: Tensor, size: Sequence[int]) -> Tensor:

@@ -25,9 +25,10 @@ N_CLASSES = 3
 HEAD = {"hidden_dim": 16, "projection_dim": 8}
 BY_AGE = {"attributes": {"age": {"sigma": 5.0}}}
 
-# Settings worth covering beside the defaults; a method that is not named here is covered with its defaults. `views` and
-# `debias` are no settings of the method: how many views it gets, and a regulariser that it carries. What is defined for
-# rows of a table is covered there with its later settings, which costs next to nothing.
+# Settings worth covering beside the defaults; a method that is not named here is covered with its defaults. `views`,
+# `crops` and `debias` are no settings of the method: how many views it gets, how many of half the size after them, and a
+# regulariser that it carries. What is defined for rows of a table is covered there with its later settings, which costs
+# next to nothing.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "simclr": [{}, {"debias": {"name": "end", "on": "z", "target": {"column": "diagnosis"}}}],
     "dcl": [{}, {"weight_sigma": 0.5, "temperature": 0.07, **HEAD}],
@@ -80,6 +81,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"views": 2, "prior": {"table": "prior.csv"}, **HEAD},
         {"prior": {"table": "prior.csv", "kernel": "cosine"}, **HEAD},
     ],
+    "swav": [
+        {"n_prototypes": 5, "crops": 2, **HEAD},
+        {"n_prototypes": 4, "queue_size": 9, "queue_from": 0.0, "freeze_steps": 2, "assign_views": [1], **HEAD},
+        {"n_prototypes": 12, "freeze_steps": 0, "head_norm": "none", "views": 3, **HEAD},
+    ],
     "supervised": [
         {},
         {"loss": "cross_entropy", "target": "diagnosis", "n_classes": 3, **HEAD},
@@ -120,6 +126,7 @@ class Example:
     first: bool = True
     views: int | None = None
     debias: Any = None
+    crops: int = 0
 
     @property
     def needs(self) -> Needs:
@@ -134,6 +141,8 @@ class Example:
     @property
     def costly(self) -> bool:
         """Whether another example runs the same code of the method for less."""
+        if self.crops:
+            return self.dims != 2  # rows of a table have none
         everywhere = self.needs.spatial_dims
         return self.dims != 0 if 0 in everywhere else self.dims == 3 and not self.first
 
@@ -161,13 +170,14 @@ def examples(norm: str = "group") -> Iterator[Example]:
     for entries in (METHODS, TASKS):
         for name, entry in entries.items():
             for number, settings in enumerate(VARIANTS.get(name, [{}])):
-                own = {key: value for key, value in settings.items() if key not in ("views", "debias")}
+                own = {key: value for key, value in settings.items() if key not in ("views", "crops", "debias")}
                 config = entry.config(name=name, **own)
                 given = settings.get("debias")
                 debias = None if given is None else TypeAdapter(DebiasConfig).validate_python(given)
                 everywhere = config.needs().spatial_dims
                 for dims in sorted(everywhere if number == 0 or 0 not in everywhere else {0}):
-                    yield Example(entry, config, dims, norm, number == 0, settings.get("views"), debias)
+                    crops = settings.get("crops", 0) if dims else 0
+                    yield Example(entry, config, dims, norm, number == 0, settings.get("views"), debias, crops)
 
 
 def table() -> ItemTable:
@@ -187,6 +197,8 @@ def make_batch(example: Example, step: int, *, seed: int = 0, dtype: torch.dtype
     row = volume * N_PARTITIONS + partition
     clean = patterns(dims)[row].to(dtype)
     views = tuple(clean if needs.original and v == 0 else _seen(clean, rng) for v in range(needs.views))
+    corner = (..., *(slice(0, length // 2) for length in SIZE[dims]))
+    views += tuple(_seen(clean[corner], rng) for _ in range(example.crops))
     items = {"row": row, "subject": volume, "volume": volume, "partition": partition, "position": partition}
     items["slot"] = torch.arange(len(row))
     return ViewBatch(views, (None,) * len(views), items, _labels(needs, row, clean), step=step, seed=seed)
