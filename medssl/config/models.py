@@ -176,6 +176,8 @@ def check_needs(config: PretrainConfig) -> None:
             f"method `{method}` compares the same place in two views: it needs views that change intensities only "
             "(views.preset: intensity)"
         )
+    if needs.unit_range and config.data.prepare.intensity == "zscore":
+        problems.append(f"method `{method}` works on intensities in [0, 1]: set data.prepare.intensity: percentile")
     if needs.decoder and not ENCODERS[config.model.encoder.name].decoder:
         problems.append(no_decoder(f"method `{method}`", config.model.encoder.name))
     elif needs.decoder and config.model.decoder_blocks is None:

@@ -129,9 +129,12 @@ class Needs:
         spatial_dims: Where its definition allows it; 0 are rows of a feature table.
         decoder: It needs (and trains) decoder blocks.
         min_batch: Smallest global batch.
+        max_batch: Largest global batch; None: any.
+        batch_multiple: The global batch is a multiple of it.
         trains: Which weights it leaves behind.
         features: What its ``LossOutput.features`` hold, for regularisers that are added to it.
         multi_crop: It takes views of several sizes.
+        unit_range: Intensities must lie in about [0, 1].
     """
 
     views: int = 2
@@ -143,9 +146,12 @@ class Needs:
     spatial_dims: frozenset[int] = frozenset({0, 2, 3})
     decoder: bool = False
     min_batch: int = 1
+    max_batch: int | None = None
+    batch_multiple: int = 1
     trains: tuple[str, ...] = ("encoder",)
     features: tuple[str, ...] = ("h",)
     multi_crop: bool = False
+    unit_range: bool = False
 
 
 @dataclass

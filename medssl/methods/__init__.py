@@ -18,6 +18,7 @@ from medssl.methods.l_exp import LExp, LExpConfig
 from medssl.methods.l_thr import LThr, LThrConfig
 from medssl.methods.lcl import LCL, LCLConfig
 from medssl.methods.models_genesis import ModelsGenesis, ModelsGenesisConfig
+from medssl.methods.moco import MoCo, MoCoConfig
 from medssl.methods.segmentation import Segmentation, SegmentationConfig
 from medssl.methods.sela import SeLa, SeLaConfig
 from medssl.methods.simclr import SimCLR, SimCLRConfig
@@ -58,6 +59,12 @@ METHODS: Final[Mapping[str, MethodEntry]] = MappingProxyType(
             VICReg,
             "views agree, dimensions keep their variance and do not covary",
             "Bardes et al. 2022 (arXiv:2105.04906)",
+        ),
+        "moco": MethodEntry(
+            MoCoConfig,
+            MoCo,
+            "contrast with a queue of a slow teacher's keys; other items of a subject do not repel",
+            "He et al. 2020 (arXiv:1911.05722)",
         ),
         "byol": MethodEntry(
             BYOLConfig,

@@ -35,6 +35,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "align_uniform": [{}, {"alpha": 1.0, "t": 3.0, "uniform_weight": 2.0, **HEAD}],
     "barlow_twins": [HEAD, {"hidden_dim": 8, "projection_dim": 4, "redundancy_weight": 0.1}],
     "vicreg": [HEAD, {"projection_dim": 4, "hidden_dim": 8, "variance_weight": 10.0, "covariance_weight": 2.0}],
+    "moco": [
+        {"queue_size": 8, "ema_decay": 0.9, **HEAD},
+        {"version": "v1", "queue_size": 12, "exclude_same_subject": False, "projection_dim": 8, "ema_decay": 0.9},
+    ],
     "byol": [HEAD, {"ema_decay": 0.9, "projection_dim": 8, "hidden_dim": 32}],
     "gcl": [{"strategy": "gd"}, {"strategy": "gd-"}, {"strategy": "gr", "pool": "avg"}],
     "lcl": [

@@ -108,7 +108,11 @@ def test_bfloat16_autocast_stays_finite(example):
 
 @pytest.mark.parametrize(
     "example",
-    [e for e in EXAMPLES if not e.id.startswith(("segmentation", "supervised", "regression", "classification"))],
+    [
+        e
+        for e in EXAMPLES
+        if not e.id.startswith(("models_genesis", "segmentation", "supervised", "regression", "classification"))
+    ],
 )
 def test_a_collapsed_network_shows_in_the_embedding(example):
     method = example.build()
