@@ -17,8 +17,8 @@ from medssl.methods.iic_segmentation import IICSegmentation, IICSegmentationConf
 from medssl.methods.l_exp import LExp, LExpConfig
 from medssl.methods.l_thr import LThr, LThrConfig
 from medssl.methods.lcl import LCL, LCLConfig
-from medssl.methods.models_genesis import ModelsGenesis, ModelsGenesisConfig
 from medssl.methods.moco import MoCo, MoCoConfig
+from medssl.methods.models_genesis import ModelsGenesis, ModelsGenesisConfig
 from medssl.methods.segmentation import Segmentation, SegmentationConfig
 from medssl.methods.sela import SeLa, SeLaConfig
 from medssl.methods.simclr import SimCLR, SimCLRConfig

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, cast
 
 import torch
@@ -42,7 +44,13 @@ class SyncBatchNorm(nn.Module):
     makes two processes train differently from one. Every process hands round its mean, its squared deviations and its
     count once a call; they are combined as Chan et al. 1979 do, without the cancellation of E[x^2] - E[x]^2.
     Parameter and buffer names are those of torch's, so weights can be exchanged. Inputs (N, C, *spatial).
+
+    Attributes:
+        groups: 0: as above. G above 0 (see `norm_groups`): items are normalised in G groups of consecutive ones, each
+            with its own statistics; the running ones move by the mean over the groups of all processes.
     """
+
+    groups: int = 0
 
     running_mean: Tensor
     running_var: Tensor
@@ -61,11 +69,32 @@ class SyncBatchNorm(nn.Module):
         """Normalise; in training with the statistics of the batch, which also move the running ones."""
         if self.training:
             self.num_batches_tracked += 1
+            if self.groups > 0:
+                return self._in_groups(x)
             if world_size() > 1:
                 return self._over_processes(x)
         return F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
         )
+
+    def _in_groups(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(0, (self.groups, -1))
+            axes = [1, *range(3, wide.ndim)]  # (groups, N / groups, C, *spatial)
+            mean, var = wide.mean(axes), wide.var(axes, correction=0)
+            with torch.no_grad():
+                count = wide.numel() / mean.numel()
+                self._move_running(*gather((mean, var * (count / max(count - 1, 1)))))
+            shape = (self.groups, 1, -1) + (1,) * (x.ndim - 2)
+            scale = self.weight * torch.rsqrt(var + self.eps)
+            bias = self.bias.view(1, 1, -1, *shape[3:])
+            result = (wide - mean.view(shape)) * scale.view(shape) + bias
+        return cast(Tensor, result.flatten(0, 1).to(x.dtype))
+
+    def _move_running(self, means: Tensor, variances: Tensor) -> None:
+        """Towards the mean of groups (G, C)."""
+        self.running_mean.lerp_(means.mean(0).to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(variances.mean(0).to(self.running_var.dtype), self.momentum)
 
     def _over_processes(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -73,12 +102,24 @@ class SyncBatchNorm(nn.Module):
             mean, var, count = _global_moments(wide)
             with torch.no_grad():
                 unbiased = var * (count / (count - 1).clamp(min=1))
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+                self._move_running(mean[None], unbiased[None])
             scale = self.weight * torch.rsqrt(var + self.eps)
             shape = (1, -1) + (1,) * (x.ndim - 2)
             result = (wide - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)
         return cast(Tensor, result.to(x.dtype))
+
+
+@contextmanager
+def norm_groups(module: nn.Module, groups: int) -> Iterator[None]:
+    """Inside, every batch norm of ``module`` that is in training normalises ``groups`` groups of consecutive items."""
+    norms = [part for part in module.modules() if isinstance(part, SyncBatchNorm)]
+    for norm in norms:
+        norm.groups = groups
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.groups = 0
 
 
 def _global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

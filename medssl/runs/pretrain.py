@@ -222,17 +222,24 @@ def _refuse_seen(config: PretrainConfig, test: Manifest, hashes: Mapping[int, st
 
 
 def check_batch(config: PretrainConfig, batch_size: int) -> None:
-    """Refuse a batch that is too small for the method, or that the processes cannot share.
+    """Refuse a batch of a size that the method cannot take, or that the processes cannot share.
 
     Raises:
         ConfigError: Says which.
     """
-    if batch_size < config.needs.min_batch:
-        raise ConfigError(
-            f"method `{config.method.name}` needs a batch of at least {config.needs.min_batch} items",
-            where="sampler",
-            found=str(batch_size),
-        )
+    needs = config.needs
+    limits = {
+        f"at least {needs.min_batch} items": batch_size < needs.min_batch,
+        f"at most {needs.max_batch} items": needs.max_batch is not None and batch_size > needs.max_batch,
+        f"a multiple of {needs.batch_multiple} items": batch_size % needs.batch_multiple != 0,
+    }
+    for limit, broken in limits.items():
+        if broken:
+            raise ConfigError(
+                f"method `{config.method.name}` needs a batch of {limit} with these settings",
+                where="sampler",
+                found=str(batch_size),
+            )
     processes = config.training.devices * config.training.nodes
     if batch_size % processes:
         raise ConfigError(f"a batch of {batch_size} items cannot be shared by {processes} processes", where="sampler")

@@ -26,7 +26,7 @@ HEAD = {"hidden_dim": 16, "projection_dim": 8}
 BY_AGE = {"attributes": {"age": {"sigma": 5.0}}}
 
 # Settings worth covering beside the defaults; a method that is not named here is covered with its defaults. `views`,
-# `crops` and `debias` are no settings of the method: how many views it gets, how many of half the size after them, and a
+# `crops` and `debias` are no settings of the method: how many views it gets, how many more of half the size, and a
 # regulariser that it carries. What is defined for rows of a table is covered there with its later settings, which costs
 # next to nothing.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
