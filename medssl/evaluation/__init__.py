@@ -8,6 +8,7 @@ from medssl.evaluation.age_site import (
     predict_age_site,
     summarise_age_site,
 )
+from medssl.evaluation.clusters import ClusterQuality, cluster_balance, cluster_quality, reference_groups
 from medssl.evaluation.combat import ComBat
 from medssl.evaluation.neighbours import (
     Labelled,
@@ -25,6 +26,7 @@ from medssl.evaluation.statistics import PairedDifference, compare_arms, holm, o
 __all__ = [
     "AgeSiteSummary",
     "ClassSummary",
+    "ClusterQuality",
     "ComBat",
     "Labelled",
     "PairedDifference",
@@ -34,6 +36,8 @@ __all__ = [
     "age_probe",
     "alignment_uniformity",
     "case_metrics",
+    "cluster_balance",
+    "cluster_quality",
     "compare_age_site",
     "compare_arms",
     "dice",
@@ -47,6 +51,7 @@ __all__ = [
     "over_draws",
     "paired_bootstrap",
     "person_folds",
+    "reference_groups",
     "predict_age_site",
     "site_probe",
     "summarise",
