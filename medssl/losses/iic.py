@@ -133,7 +133,8 @@ def joint_loss(joints: Tensor, *, lamb: float = 1.0, collapsed: bool = False) ->
         Scalar; a sum without entries contributes 0, with gradient 0.
     """
     with exact_float32(joints.device):
-        joint = widen(joints)
+        # Terms of both signs cancel to a value near 0 at the start: float64, on a table of a few clusters.
+        joint = joints.double()
         if collapsed:
             joint = joint.sum(0, keepdim=True)
         joint = (joint + joint.mT) / 2
@@ -146,7 +147,8 @@ def joint_loss(joints: Tensor, *, lamb: float = 1.0, collapsed: bool = False) ->
         log_joint, log_marginal = joint.clamp(min=EPSILON).log(), marginal.clamp(min=EPSILON).log()
         terms = lamb * (log_marginal[:, :, None] + log_marginal[:, None, :]) - log_joint
         losses = (joint.clamp(min=EPSILON) * terms).sum((1, 2))
-        return torch.where(seen.flatten(), losses, 0.0).mean() + attached_zero(joints)
+        loss = torch.where(seen.flatten(), losses, 0.0).mean() + attached_zero(joints)
+        return loss.to(widen(joints).dtype)
 
 
 def check_lamb(lamb: float) -> None:
