@@ -81,3 +81,14 @@ def embed_views(encoder: nn.Module, head: nn.Module, batch: ViewBatch, n: int | 
     if order != sorted(order):
         z = z[:, [order.index(number) for number in range(len(views))]]
     return features[0][: len(views[0])], z
+
+
+def evaluated(head: nn.Module, h: Tensor) -> Tensor:
+    """Projections of ``h`` as in evaluation (norms with running statistics), whatever mode ``head`` is in."""
+    training = head.training
+    head.eval()
+    try:
+        z: Tensor = head(h)
+        return z
+    finally:
+        head.train(training)

@@ -88,7 +88,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "swav": [
         {"n_prototypes": 5, "crops": 2, **HEAD},
         {"n_prototypes": 4, "queue_size": 9, "queue_from": 0.0, "freeze_steps": 2, "assign_views": [1], **HEAD},
-        {"n_prototypes": 12, "freeze_steps": 0, "head_norm": "none", "views": 3, **HEAD},
+        {"n_prototypes": 6, "freeze_steps": 0, "head_norm": "none", "views": 3, **HEAD},
     ],
     "supervised": [
         {},

@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from method_examples import examples, patterns, table
+from method_examples import SIZE, examples, patterns, table
 
 from medssl.core.errors import Interrupted
 from medssl.samplers import SAMPLERS
@@ -35,6 +35,12 @@ class PatternReader:
         return images, None if images.ndim == 2 else (images[:, 0] > 0.2).long() + (images[:, 0] > 0.6)
 
 
+def crops_of(example):
+    if not example.crops:
+        return ()
+    return [{"count": example.crops, "size": [length // 2 for length in SIZE[example.dims]], "scale": (0.5, 0.8)}]
+
+
 def run(example, folder, *, stop_after=None, resume=False):
     needs = example.needs
     reader = PatternReader(example.dims)
@@ -44,7 +50,7 @@ def run(example, folder, *, stop_after=None, resume=False):
     source = BatchSource(
         SAMPLERS[name](reader.table, seed=5, n_volumes=2),
         reader,
-        ViewsConfig(n_views=needs.views, original=needs.original, preset=preset),
+        ViewsConfig(n_views=needs.views, original=needs.original, preset=preset, crops=crops_of(example)),
         seed=5,
         workers=1,
     )
