@@ -61,6 +61,8 @@ CASES = [
     *(Small(f"densenet121_{dims}d", {"init_features": 4, "growth_rate": 2}) for dims in (2, 3)),
     Small("densenet121_2d", {"init_features": 4, "growth_rate": 2, "norm": "group"}),
     *(Small(f"alexnet_{dims}d", {"widths": (2, 4, 4, 6, 8), "norm": norm}) for dims in (2, 3) for norm in NORMS),
+    *(Small(f"vgg_{dims}d", {"widths": (2, 4, 4, 6), "norm": norm}) for dims in (2, 3) for norm in NORMS),
+    Small("vgg_3d", {"widths": (2, 4, 4), "padding": "replicate"}),
     *(Small("mlp", {"norm": norm, "widths": (8, 5)}) for norm in ("none", "batch", "layer")),
     Small("mlp", {"activation": "gelu", "dropout": 0.2}),
 ]
@@ -207,6 +209,26 @@ def same_features(ours: nn.Module, theirs: nn.Module, features: Callable[[torch.
     x = torch.randn(1, 1, 32, 33, 34)
     with torch.no_grad():
         assert_close(ours.eval()(x), features(x))
+
+
+def test_the_vgg_preset_has_a_total_stride_of_4_in_plane_and_shallow_stacks_keep_their_slices():
+    vgg = {name: ENCODERS[name] for name in ("vgg_2d", "vgg_3d")}
+    flat = build_encoder(vgg["vgg_2d"].config(widths=(2, 2, 2)), (1, 32, 40))
+    assert [tuple(m.shape[2:]) for m in flat.feature_maps(torch.zeros(1, 1, 32, 40))] == [(32, 40), (16, 20), (8, 10)]
+    stack = build_encoder(vgg["vgg_3d"].config(widths=(2, 2, 2)), (1, 32, 40, 6))
+    assert tuple(stack.feature_maps(torch.zeros(1, 1, 32, 40, 6))[-1].shape[2:]) == (8, 10, 6)
+    with pytest.raises(ConfigError, match="strides auto"):
+        vgg["vgg_3d"].build(vgg["vgg_3d"].config(), 1)
+
+
+def test_replicate_padding_cannot_tell_where_the_border_is():
+    spread = {}
+    for padding in ("zeros", "replicate"):
+        config = ENCODERS["vgg_2d"].config(widths=(4, 4, 4, 4), padding=padding, norm="group")
+        with torch.no_grad():
+            last = build_encoder(config, (1, 32, 32)).feature_maps(torch.full((1, 1, 32, 32), 0.7))[-1]
+        spread[padding] = float(last.flatten(2).std(2).max())
+    assert spread["replicate"] < 1e-5 < 1e-2 < spread["zeros"]
 
 
 def test_alexnet_has_the_weights_of_its_five_convolutions():

@@ -21,6 +21,7 @@ from medssl.models.encoders.resnet import (
     build_resnet,
 )
 from medssl.models.encoders.unet import UNet2dConfig, UNet3dConfig, UNetEncoder, auto_strides, build_unet
+from medssl.models.encoders.vgg import VGGIn2dConfig, VGGIn3dConfig, build_vgg
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class EncoderEntry:
 
 _RESNET: Final = "He et al. 2016 (arXiv:1512.03385)"
 _DENSENET: Final = "Huang et al. 2017 (arXiv:1608.06993)"
+_VGG: Final = "Simonyan & Zisserman 2015 (arXiv:1409.1556); Ji et al. 2019 (arXiv:1807.06653)"
 _ALEXNET: Final = "Abrol et al. 2021 (doi:10.1038/s41467-020-20655-6)"
 
 ENCODERS: Final[Mapping[str, EncoderEntry]] = MappingProxyType(
@@ -76,6 +78,12 @@ ENCODERS: Final[Mapping[str, EncoderEntry]] = MappingProxyType(
         "alexnet_3d": EncoderEntry(
             AlexNetIn3dConfig, build_alexnet, "AlexNet for brain volumes, of at least 69 voxels on each axis", _ALEXNET
         ),
+        "vgg_2d": EncoderEntry(
+            VGGIn2dConfig, build_vgg, "shallow VGG-like, total stride 4, for clusters of places in slices", _VGG
+        ),
+        "vgg_3d": EncoderEntry(
+            VGGIn3dConfig, build_vgg, "shallow VGG-like, total stride 4, for clusters of places in volumes", _VGG
+        ),
         "mlp": EncoderEntry(
             MLPConfig,
             build_mlp,
@@ -107,6 +115,8 @@ __all__ = [
     "UNet2dConfig",
     "UNet3dConfig",
     "UNetEncoder",
+    "VGGIn2dConfig",
+    "VGGIn3dConfig",
     "auto_strides",
     "build_alexnet",
     "build_densenet",
@@ -114,4 +124,5 @@ __all__ = [
     "build_mlp",
     "build_resnet",
     "build_unet",
+    "build_vgg",
 ]
