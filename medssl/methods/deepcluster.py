@@ -20,13 +20,13 @@ from medssl.losses import cluster_cross_entropy, k_means
 from medssl.losses.numerics import unit
 from medssl.methods.assignments import Assignments, cluster_logs, whole_set
 from medssl.methods.entry import embed_views
-from medssl.models.heads import ProjectionHead
+from medssl.models.heads import HeadNorm, ProjectionHead
 
 log = logging.getLogger(__name__)
 
 OF_FORM: Final = {
     "v1": ("n_components",),
-    "v2": ("n_heads", "temperature", "hidden_dim", "projection_dim"),
+    "v2": ("n_heads", "temperature", "hidden_dim", "projection_dim", "head_norm"),
 }
 """Settings that only one form has."""
 NEGLIGIBLE: Final = 1e-6
@@ -58,6 +58,9 @@ class DeepClusterConfig(StrictModel):
     """Of v2: width between the two layers of the projection; null: as many as the encoder gives (the paper: 2048)."""
     projection_dim: PositiveInt = 128
     """Of v2: length of the clustered vectors (Caron et al. 2020)."""
+    head_norm: HeadNorm = "batch"
+    """Of v2: norm between the two layers of the projection (the paper: batch). Without it an untrained network gives
+    all items nearly one direction, and the loss stays long at its chance level."""
 
     @model_validator(mode="after")
     def _of_one_form(self) -> DeepClusterConfig:
@@ -127,7 +130,7 @@ class DeepCluster(Method):
         if config.form == "v1":
             self.classifier = nn.Linear(features, config.n_clusters)
         else:
-            self.head = ProjectionHead(features, config.hidden_dim or features, config.projection_dim)
+            self.head = ProjectionHead(features, config.hidden_dim or features, config.projection_dim, config.head_norm)
             start = torch.randn(self.n_heads, config.n_clusters, config.projection_dim)
             self.register_buffer("prototypes", unit(start))
         self._drawn: list[nn.Parameter] = []

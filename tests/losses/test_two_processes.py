@@ -13,6 +13,7 @@ from medssl.losses import (
     alignment,
     barlow_twins,
     byol,
+    cluster_cross_entropy,
     decoupled_contrastive,
     decoupled_uniformity,
     end,
@@ -59,6 +60,7 @@ def dense(strategy):
 
 ROWS = {
     "nt_xent": lambda z, p, v: nt_xent(z[:, 1], z[:, 2]),
+    "cluster_cross_entropy": lambda z, p, v: cluster_cross_entropy(z[:, :, None], p[:, None]).mean(),
     "global gr": lambda z, p, v: global_contrastive(z[:, 1:], strategy="gr"),
     "global gd-": gd("gd-"),
     "global gd": gd("gd"),
