@@ -13,7 +13,9 @@ from medssl.core.errors import InputError, ShapeError
 Floats = npt.NDArray[np.float64]
 
 
-def merge_order(edges: npt.ArrayLike, n_regions: int, *, down_to: int = 1) -> Floats:
+def merge_order(
+    edges: npt.ArrayLike, n_regions: int, *, down_to: int = 1, sizes: npt.ArrayLike | None = None
+) -> Floats:
     """Greedy merging by the length-weighted mean strength of the boundary between two regions.
 
     Zhang & Maire 2020 (arXiv:2012.03044) merge as ultrametric contour maps do (Arbelaez et al. 2011,
@@ -27,6 +29,8 @@ def merge_order(edges: npt.ArrayLike, n_regions: int, *, down_to: int = 1) -> Fl
             least 0, lengths above 0.
         n_regions: Regions are numbered 0 to n_regions - 1.
         down_to: Stop at so many regions.
+        sizes: (n_regions,) above 0: the mean strength times the size of the smaller region decides instead, so that
+            crumbs are joined before parts. Only the order is of use then: heights are not those of a tree.
 
     Returns:
         float64 (M, 3) rows (a, b, height) with a < b: merge k joins a and b, which are regions (below n_regions) or
@@ -37,39 +41,48 @@ def merge_order(edges: npt.ArrayLike, n_regions: int, *, down_to: int = 1) -> Fl
         InputError: A region that does not exist or borders on itself, a strength or length out of range.
     """
     rows = _checked(edges, n_regions)
+    size = [1.0] * n_regions if sizes is None else np.asarray(sizes, dtype=np.float64).tolist()
     # border[a][b]: strength sum and length. A joined region lives on under the number of the one with more neighbours,
     # so that each boundary moves at most log2(R) times; ``node`` is its number in the tree.
     border: list[dict[int, tuple[float, float]]] = [{} for _ in range(n_regions)]
     for a, b, strength, length in rows.tolist():
         _add(border, int(a), int(b), strength, length)
-    heap = [(s / n, a, b) for a, own in enumerate(border) for b, (s, n) in own.items() if a < b]
+
+    def cost(a: int, b: int) -> float:
+        strength, length = border[a][b]
+        return strength / length * min(size[a], size[b])
+
+    heap = [(cost(a, b), a, b) for a, own in enumerate(border) for b in own if a < b]
     heapq.heapify(heap)
     node, merges, height = list(range(n_regions)), list[tuple[int, int, float]](), 0.0
     while heap and n_regions - len(merges) > down_to:
-        mean, a, b = heapq.heappop(heap)
-        strength, length = border[a].get(b, (-1.0, 1.0))
-        if strength / length != mean:
-            continue  # from before one of the two was joined with a third
+        known, a, b = heapq.heappop(heap)
+        if b not in border[a]:
+            continue  # one of the two was joined with a third
+        now = cost(a, b)
+        if now != known:
+            if now > known:  # a region has grown; where a boundary became weaker, its new cost is in the heap
+                heapq.heappush(heap, (now, a, b))
+            continue
         kept, gone = (a, b) if len(border[a]) >= len(border[b]) else (b, a)
-        height = max(height, mean)  # a mean may fall by a rounding
+        height = max(height, now)  # a mean may fall by a rounding
         merges.append((min(node[a], node[b]), max(node[a], node[b]), height))
         node[kept] = n_regions + len(merges) - 1
+        if sizes is not None:
+            size[kept] += size[gone]
         del border[kept][gone], border[gone][kept]
         for other, (strength, length) in border[gone].items():
             del border[other][gone]
-            strength, length = _add(border, kept, other, strength, length)
-            heapq.heappush(heap, (strength / length, min(kept, other), max(kept, other)))
+            _add(border, kept, other, strength, length)
+            heapq.heappush(heap, (cost(kept, other), min(kept, other), max(kept, other)))
         border[gone] = {}
     return np.array(merges, dtype=np.float64).reshape(-1, 3)
 
 
-def _add(
-    border: list[dict[int, tuple[float, float]]], a: int, b: int, strength: float, length: float
-) -> tuple[float, float]:
-    """Lengthen the boundary between two regions; its strength sum and length from now on."""
+def _add(border: list[dict[int, tuple[float, float]]], a: int, b: int, strength: float, length: float) -> None:
+    """Lengthen the boundary between two regions."""
     before = border[a].get(b, (0.0, 0.0))
     border[a][b] = border[b][a] = (before[0] + strength, before[1] + length)
-    return border[a][b]
 
 
 def _checked(edges: Any, n_regions: int) -> Floats:

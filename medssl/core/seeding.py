@@ -21,6 +21,7 @@ BOOTSTRAP: Final = 8
 COHORT: Final = 9
 MASK: Final = 10
 LATENT: Final = 11
+PIXELS: Final = 16
 SHUFFLE: Final = 12
 CLUSTERS: Final = 12
 DEFORMATION: Final = 13

@@ -13,6 +13,7 @@ from medssl.methods.decoupled_uniformity import DecoupledUniformity, DecoupledUn
 from medssl.methods.deepcluster import DeepCluster, DeepClusterConfig
 from medssl.methods.entry import MethodEntry
 from medssl.methods.gcl import GCL, GCLConfig
+from medssl.methods.hierarchical_grouping import HierarchicalGrouping, HierarchicalGroupingConfig
 from medssl.methods.iic_segmentation import IICSegmentation, IICSegmentationConfig
 from medssl.methods.l_exp import LExp, LExpConfig
 from medssl.methods.l_thr import LThr, LThrConfig
@@ -122,6 +123,12 @@ METHODS: Final[Mapping[str, MethodEntry]] = MappingProxyType(
             SwAV,
             "views predict to which prototypes the batch assigns each other; small crops, queue",
             "Caron et al. 2020 (arXiv:2006.09882)",
+        ),
+        "hierarchical_grouping": MethodEntry(
+            HierarchicalGroupingConfig,
+            HierarchicalGrouping,
+            "pixels attract by how early their regions join in a tree of boundaries",
+            "Zhang & Maire 2020 (arXiv:2012.03044)",
         ),
         "supervised": MethodEntry(
             SupervisedConfig,

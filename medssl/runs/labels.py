@@ -19,13 +19,19 @@ from medssl.data.feature_store import open_features
 from medssl.data.features import FeatureStatistics, FeatureTable, about_table, read_features
 from medssl.data.items import ItemReader
 from medssl.data.manifest import Manifest
+from medssl.data.regions import HEIGHTS, REGION_MAP, prepare_regions
 from medssl.data.splits import refuse_leak
 from medssl.data.weak_labels import LabelUse, check_weak_labels, shortened
 from medssl.methods.decoupled_uniformity import PRIOR, DecoupledUniformityConfig
+from medssl.models import read_model
+from medssl.runs.progress import progress_bar
+from medssl.runs.clusters import check_cluster_columns
+from medssl.runs.item_labels import ItemLabels, read_item_labels
 from medssl.runs.volumes import (
     FINGERPRINT_DIGITS,
     Cohort,
     image_hashes,
+    lies_with_weights,
     open_items,
     pretraining_manifests,
     with_absolute_paths,
@@ -57,9 +63,16 @@ def check_labels(
         What is worth knowing, one line each.
 
     Raises:
-        DataError: See `check_weak_labels` and `prior_of`; a prior from a network that was trained on test people.
+        DataError: See `check_weak_labels`, `prior_of` and `read_item_labels`; a prior or item labels from a network
+            that was trained on test people.
+        ConfigError: See `check_cluster_columns`.
     """
-    notes = check_weak_labels(rows, label_uses(config))
+    joined = item_labels(config, rows)
+    check_cluster_columns(config, rows, joined.columns if joined else ())
+    own = [use for use in label_uses(config) if joined is None or use.column not in joined.columns]
+    notes = check_weak_labels(rows, own)
+    if joined is not None and not config.data.transductive and len(tested):
+        _refuse_labelled(joined.path, tested)
     path = prior_table(config)
     if path is not None:
         prior_of(rows, path)
@@ -76,10 +89,13 @@ def training_items(
     statistics: FeatureStatistics | None = None,
     with_labels: bool = False,
 ) -> tuple[ItemTable, ItemReader]:
-    """`open_items` of the rows that are trained on, with the prior of each in ``labels["prior"]`` where there is one.
+    """`open_items` of the rows that are trained on, with what their method asks for beside.
+
+    The prior of each item is in ``labels["prior"]`` where there is one. For a method that works on regions, label maps
+    are the maps of regions, and ``labels["region_heights"]`` says how far apart these are.
 
     Raises:
-        DataError: See `open_items` and `prior_of`.
+        DataError: See `open_items`, `prior_of` and `prepare_regions`.
     """
     table, reader = open_items(config, cohort, rows, statistics=statistics, with_labels=with_labels)
     path = prior_table(config)
@@ -87,7 +103,50 @@ def training_items(
         place = {int(volume): position for position, volume in enumerate(rows.table["volume"])}
         values = prior_of(rows, path)[[place[int(volume)] for volume in table.volume]]
         table = reader.table = replace(table, labels={**table.labels, PRIOR: values})
+    if REGION_MAP in config.needs.labels:
+        return with_regions(config, cohort, rows, table)
     return table, reader
+
+
+def with_regions(
+    config: PretrainConfig, cohort: Cohort, rows: Manifest, table: ItemTable
+) -> tuple[ItemTable, ItemReader]:
+    """The items with the heights of their regions, and a reader that gives maps of regions in place of label maps.
+
+    Raises:
+        DataError: See `prepare_regions`.
+    """
+    volumes = [int(volume) for volume in rows.table["volume"]]
+    with progress_bar(f"regions of {len(volumes)} volumes") as report:
+        store = prepare_regions(
+            cohort.store,
+            volumes,
+            config.items,
+            config.method.regions,
+            prepare=config.data.prepare,
+            cache=config.data.cache,
+            boundaries=boundary_files(config, rows),
+            jobs=config.data.jobs,
+            progress=report,
+        )
+    heights = {volume: store.heights(volume) for volume in volumes}
+    values = np.stack([heights[int(v)][p] for v, p in zip(table.volume, table.position, strict=True)])
+    table = replace(table, labels={**table.labels, HEIGHTS: values})
+    return table, ItemReader(store, table, config.items)
+
+
+def boundary_files(config: PretrainConfig, rows: Manifest) -> dict[int, Path] | None:
+    """The file of supplied boundary strengths of each volume; None where the gradient stands in."""
+    if REGION_MAP not in config.needs.labels or config.method.regions.boundaries is None:
+        return None
+    cells = rows.table[["volume", config.method.regions.boundaries]].itertuples(index=False)
+    return {int(volume): rows.path.parent / str(cell).strip() for volume, cell in cells}
+
+
+def item_labels(config: PretrainConfig, rows: Manifest) -> ItemLabels | None:
+    """The table of labels of single items that a run joins, read and checked; None where it has none."""
+    path = config.data.item_labels
+    return None if path is None else read_item_labels(path, rows, geometry=config.items.geometry)
 
 
 def prior_table(config: PretrainConfig) -> Path | None:
@@ -99,15 +158,18 @@ def prior_table(config: PretrainConfig) -> Path | None:
 
 
 def prior_fingerprint(config: PretrainConfig) -> str | None:
-    """SHA-256 of the prior table: a run must not go on with another one."""
-    path = prior_table(config)
-    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+    """SHA-256 of the prior table and of the table of item labels: a run must not go on with others."""
+    paths = [path for path in (prior_table(config), config.data.item_labels) if path is not None]
+    return " ".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths) or None
 
 
 def prior_seen(config: PretrainConfig) -> set[str]:
-    """Fingerprints of what the network behind the prior table was trained on, as far as the table says so."""
-    path = prior_table(config)
-    return set() if path is None else set(about_table(path).get(SEEN, ()))
+    """Fingerprints of what the networks behind the prior table and the item labels were trained on, as far as known."""
+    path, labels = prior_table(config), config.data.item_labels
+    seen = set() if path is None else set(about_table(path).get(SEEN, ()))
+    if labels is not None and lies_with_weights(labels):
+        seen |= set(read_model(labels.parent)["info"].get("pretrained_on", ()))
+    return seen
 
 
 def prior_of(rows: Manifest, path: Path) -> npt.NDArray[np.float32]:
@@ -213,6 +275,13 @@ def _comparable(
     except DataError as error:
         return {}, [f"{unlike[0]} ({error.message})"]
     return {volume: store.voxels(volume) for volume in store.volumes}, []
+
+
+def _refuse_labelled(path: Path, tested: Manifest) -> None:
+    """Refuse item labels from a network that was trained on test people; a table elsewhere says nothing of that."""
+    for earlier in pretraining_manifests(path) if lies_with_weights(path) else []:
+        sets = {f"the pretraining of the network behind the item labels {path.name}": earlier}
+        refuse_leak({**sets, "test": with_absolute_paths(tested)})
 
 
 def _refuse_both(names: Sequence[str], what: str, path: Path) -> None:

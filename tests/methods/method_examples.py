@@ -23,6 +23,10 @@ N_VOLUMES, N_PARTITIONS = 4, 3
 N_CLASSES = 3
 
 HEAD = {"hidden_dim": 16, "projection_dim": 8}
+HEIGHTS = torch.tensor([[0.0, 0.3, 0.6, 1.0], [0.3, 0.0, 0.6, 1.0], [0.6, 0.6, 0.0, 1.0], [1.0, 1.0, 1.0, 0.0]]).view(
+    -1
+)
+"""Of a tree of four regions: the first two join at 0.3, these and the third at 0.6, all at 1."""
 BY_AGE = {"attributes": {"age": {"sigma": 5.0}}}
 
 # Settings worth covering beside the defaults; a method that is not named here is covered with its defaults. `views`,
@@ -100,6 +104,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "deepcluster": [
         {"n_clusters": 3, "refresh_epochs": 50.0},
         {"n_clusters": 3, "refresh_epochs": 1.0, "form": "v2", "n_heads": 2, "views": 2, **HEAD},
+    ],
+    "hierarchical_grouping": [
+        {"hidden_dim": 8, "projection_dim": 6, "map_stride": 2, "n_positives": 4},
+        {"hidden_dim": 8, "projection_dim": 6, "map_stride": 2, "n_anchors": 2, "levels": (0, -1), "norm": "group"},
     ],
     "vae": [
         {"latent_dim": 6, "decoder_channels": 8},
@@ -189,6 +197,7 @@ def table() -> ItemTable:
     row = torch.arange(N_VOLUMES * N_PARTITIONS)
     volume, partition = np.divmod(row.numpy(), N_PARTITIONS)
     labels = {name: values.numpy() for name, values in labels_of(row).items()}
+    labels["region_heights"] = HEIGHTS.expand(len(row), -1).numpy()
     return ItemTable(row.numpy(), volume, volume, partition, partition, N_PARTITIONS, labels)
 
 
@@ -237,6 +246,10 @@ def _labels(needs: Needs, row: Tensor, clean: Tensor) -> dict[str, Tensor]:
     if "label_map" in needs.labels:
         known["label_map"] = (clean[:, 0] > 0.2).long() + (clean[:, 0] > 0.6)
         known["label_map"][:, 0] = -1  # a line without labels
+    if "region_map" in needs.labels:  # bands of brightness; beside them the heights at which these join
+        bands = torch.bucketize(clean[:, 0].contiguous(), torch.tensor([0.1, 0.3, 0.6]).to(clean)) + 1
+        bands[:, 0] = 0  # a line outside
+        return {"label_map": bands, "region_heights": HEIGHTS.expand(len(row), -1)}
     return {name: known[name] for name in needs.labels}
 
 
