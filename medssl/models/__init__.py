@@ -1,5 +1,6 @@
 """Networks: encoders, decoders, heads, normalisation, and weights on disk."""
 
+from medssl.models.cluster_heads import ClusterHeads
 from medssl.models.decoders import Decoder, SegmentationNet, build_decoder
 from medssl.models.encoders import ENCODERS, EncoderEntry, build_encoder
 from medssl.models.heads import LinearHead, ProjectionHead, build_head
@@ -7,6 +8,7 @@ from medssl.models.initialise import seeded_init
 from medssl.models.norm import SyncBatchNorm, make_norm
 from medssl.models.weights import (
     LoadReport,
+    clusters_from_weights,
     encoder_from_weights,
     head_from_weights,
     load_weights,
@@ -16,6 +18,7 @@ from medssl.models.weights import (
 
 __all__ = [
     "ENCODERS",
+    "ClusterHeads",
     "Decoder",
     "EncoderEntry",
     "LinearHead",
@@ -26,6 +29,7 @@ __all__ = [
     "build_decoder",
     "build_encoder",
     "build_head",
+    "clusters_from_weights",
     "encoder_from_weights",
     "head_from_weights",
     "load_weights",

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import torch
 from safetensors.torch import load as load_safetensors
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from medssl.core.errors import ConfigError, WeightsError
 from medssl.core.files import atomic_write, write_json
 from medssl.core.schema import validate
+from medssl.models.cluster_heads import ClusterHeads, build_cluster_heads
 from medssl.models.encoders import ENCODERS
 from medssl.models.heads import build_head
 
 log = logging.getLogger(__name__)
 
-Part = Literal["encoder", "decoder", "head"]
+Part = Literal["encoder", "decoder", "head", "clusters"]
 
 FORMAT: Final = 1
 MAX_BYTES: Final = 8_000_000_000
@@ -61,10 +62,10 @@ def save_weights(
     decoder: nn.Module | None = None,
     *,
     head: nn.Module | None = None,
+    clusters: nn.Module | None = None,
     info: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write ``encoder.safetensors``, ``decoder.safetensors`` and ``head.safetensors`` if there are such, and
-    ``model.json``.
+    """Write ``encoder.safetensors``, the same of decoder, head and clusters if there are such, and ``model.json``.
 
     Each file appears whole or not at all; model.json comes last with the checksums of the others, so that a mixture of
     two writes is noticed on loading. Nothing about people, paths or machines is written beyond what ``info`` holds.
@@ -74,13 +75,14 @@ def save_weights(
         encoder: Has ``architecture``.
         decoder: Has ``architecture``; None: an older decoder in the folder is removed.
         head: A `ProjectionHead`; None: an older head in the folder is removed.
+        clusters: `ClusterHeads` of the dense map; None: older ones in the folder are removed.
         info: Values for JSON (method, step, versions); no paths and no ids.
 
     Raises:
         DiskError: No space or no permission.
     """
     sums = {}
-    parts = {"encoder": encoder, "decoder": decoder, "head": head}
+    parts = {"encoder": encoder, "decoder": decoder, "head": head, "clusters": clusters}
     for name, module in parts.items():
         if module is not None:
             tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
@@ -101,8 +103,8 @@ def save_weights(
 
 
 def read_model(path: Path) -> dict[str, Any]:
-    """The description ``model.json`` of a weights folder or run folder: architectures of ``encoder``, ``decoder`` and
-    ``head`` (the last two may be None), ``sha256`` of the files, ``info``.
+    """The description ``model.json`` of a weights folder or run folder: architectures of ``encoder``, ``decoder``,
+    ``head`` and ``clusters`` (all but the first may be None), ``sha256`` of the files, ``info``.
 
     Raises:
         WeightsError: Missing, not JSON, or of a newer format.
@@ -126,7 +128,8 @@ def read_model(path: Path) -> dict[str, Any]:
             found=f"format {description['format']}, known up to {FORMAT}",
             fix="update medssl",
         )
-    description.setdefault("head", None)  # weights from before heads were kept
+    for part in ("head", "clusters"):
+        description.setdefault(part, None)  # weights from before these were kept
     return description
 
 
@@ -167,6 +170,24 @@ def head_from_weights(path: Path) -> nn.Module | None:
         raise WeightsError(error.message, where=str(path), found=error.found, fix="update medssl") from error
     load_weights(head, path, part="head", minimum=1.0)
     return head
+
+
+def clusters_from_weights(path: Path) -> ClusterHeads | None:
+    """The heads that give every place a cluster, stored in a weights folder or run folder; None where there are none.
+
+    Raises:
+        WeightsError: Unreadable, or heads that this version does not know.
+    """
+    path = Path(path)
+    architecture = read_model(path)["clusters"]
+    if architecture is None:
+        return None
+    try:
+        heads = build_cluster_heads(architecture)
+    except ConfigError as error:
+        raise WeightsError(error.message, where=str(path), found=error.found, fix="update medssl") from error
+    load_weights(heads, path, part="clusters", minimum=1.0)
+    return heads
 
 
 def load_weights(
@@ -242,7 +263,7 @@ def _find(path: Path, part: Part) -> tuple[Path, dict[str, Any] | None]:
             found=f"sha256 {found[:16]}..., expected {str(expected)[:16]}...",
             fix="copy or export the weights again",
         )
-    return file, description[file.stem if file.stem in ("encoder", "decoder", "head") else part]
+    return file, description[file.stem if file.stem in get_args(Part) else part]
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from medssl.data.feature_store import FeatureReader
 from medssl.data.manifest import Manifest
 from medssl.data.splits import TEST_SPLITS, refuse_leak
 from medssl.methods import METHODS, Debiased, with_debias
+from medssl.methods.iic_segmentation import IICSegmentation
 from medssl.methods.supervised import SupervisedConfig, n_classes_of
 from medssl.models import (
     LinearHead,
@@ -30,6 +31,7 @@ from medssl.models import (
     save_weights,
 )
 from medssl.reporting import build_report
+from medssl.runs.clusters import ClusterLog, final_clusters, save_clusters, summary_rows
 from medssl.runs.folder import open_run, record_run, run_folder, tracked
 from medssl.runs.grid import fingerprint
 from medssl.runs.labels import check_labels, prior_fingerprint, prior_seen, training_items
@@ -105,9 +107,10 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed: boo
     notes = check_labels(config, chosen, tested_rows(manifest))
 
     def on_event(name: str, values: Mapping[str, Any]) -> None:
-        del values
         if name == "started" and resume:
             record_run(folder, config_text=text, manifest=chosen)
+        if clusters is not None:
+            clusters.on_event(name, values)
 
     if leader:
         open_run(config.runs, config.name, kind="pretrain", config_text=text, manifest=chosen, resume=resume)
@@ -115,6 +118,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed: boo
         cohort = open_run_cohort(config, statistics=weights_statistics(config.weights))
         opened = open_training(config, cohort)
         method, reader = opened.method, opened.source.reader
+        clusters = ClusterLog.of_run(config, method, reader.table, folder)
         fabric = build_fabric(config.training)
         distributed.barrier()
         trained = train(
@@ -140,7 +144,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed: boo
             return Pretrained(folder, folder / "weights", {}, None)
         if isinstance(reader, FeatureReader):
             reader.statistics.save(folder / "weights" / STATISTICS)
-        done = finish(config, cohort, method, trained, folder, opened.begun_from, leaks, notes)
+        done = finish(config, cohort, opened, trained, folder, leaks, notes, clusters)
         info["collapse"] = trained.collapse
     return replace(done, report=build_report(folder))  # after the status says done
 
@@ -287,16 +291,18 @@ def build_method(
 def finish(
     config: PretrainConfig,
     cohort: Cohort,
-    method: Method,
+    opened: Opened,
     trained: TrainResult,
     folder: Path,
-    begun_from: str | None,
     leaks: list[str],
     notes: list[str],
+    clusters: ClusterLog | None = None,
 ) -> Pretrained:
-    """Export weights and write the summary."""
+    """Export weights and clusters, and write the summary."""
+    method, begun_from = opened.method, opened.begun_from
     decoder = method.decoder if "decoder" in config.needs.trains else None
     head = method.head if isinstance(method.head, (ProjectionHead, LinearHead)) else None
+    clusters = method.cluster_heads if isinstance(method, IICSegmentation) else None
     fingerprints = {cohort.store.voxels(volume)[:FINGERPRINT_DIGITS] for volume in cohort.store.volumes}
     fingerprints |= prior_seen(config)
     if config.weights is not None:
@@ -306,6 +312,7 @@ def finish(
         method.encoder,
         decoder,
         head=head,
+        clusters=clusters,
         info={
             "method": config.method.model_dump(mode="json"),
             "debias": None if config.debias is None else config.debias.model_dump(mode="json"),
@@ -315,6 +322,11 @@ def finish(
             "pretrained_on": sorted(fingerprints),
         },
     )
+    compared = []
+    labels = None if clusters is None else final_clusters(config, method, opened.source)
+    if clusters is not None and labels is not None:
+        save_clusters(labels, opened.source.reader.table, cohort.chosen, config, weights)
+        compared = clusters.add(trained.steps, labels)
     summary = {
         "method": config.method.name,
         "strategy": getattr(config.method, "strategy", None),
@@ -322,6 +334,8 @@ def finish(
         "seconds": round(trained.seconds, 2),
         "data_wait_share": round(trained.data_wait_share, 5),
         "collapse": list(trained.collapse),
+        "recovered": list(trained.recovered),
+        "clusters": summary_rows(compared),
         "label_notes": [*notes, *empty_batches(method)],
         "debias": None if config.debias is None else config.debias.model_dump(mode="json"),
         "skipped_checkpoints": list(trained.skipped),
@@ -332,7 +346,11 @@ def finish(
         "left_out": list(cohort.left_out),
         "weights": {
             "encoder": len(method.encoder.state_dict()),
-            **{name: len(part.state_dict()) for name, part in (("decoder", decoder), ("head", head)) if part},
+            **{
+                name: len(part.state_dict())
+                for name, part in (("decoder", decoder), ("head", head), ("clusters", clusters))
+                if part
+            },
         },
         "last": {name: float(value) for name, value in trained.last.items()},
     }

@@ -9,9 +9,11 @@ from torch.testing import assert_close
 
 from medssl.core.errors import WeightsError
 from medssl.models import (
+    ClusterHeads,
     ProjectionHead,
     build_decoder,
     build_encoder,
+    clusters_from_weights,
     encoder_from_weights,
     head_from_weights,
     load_weights,
@@ -211,3 +213,24 @@ def test_a_head_of_an_unknown_kind_is_refused(tmp_path):
     (tmp_path / "model.json").write_text(json.dumps(description))
     with pytest.raises(WeightsError, match="unknown kind"):
         head_from_weights(tmp_path)
+
+
+def test_cluster_heads_come_back_and_go_when_there_are_none(tmp_path):
+    torch.manual_seed(0)
+    heads = ClusterHeads(4, 2, 3, 7)
+    save_weights(tmp_path, encoder(), clusters=heads)
+    again = clusters_from_weights(tmp_path)
+    assert same(heads, again)
+    assert again.n_clusters == {"main": 3, "over": 7}
+    description = json.loads((tmp_path / "model.json").read_text())
+    description["clusters"]["k_main"] = 4
+    (tmp_path / "model.json").write_text(json.dumps(description))
+    with pytest.raises(WeightsError, match="too few of the tensors fit"):
+        clusters_from_weights(tmp_path)
+    del description["clusters"]["k_main"]
+    (tmp_path / "model.json").write_text(json.dumps(description))
+    with pytest.raises(WeightsError, match="incomplete"):
+        clusters_from_weights(tmp_path)
+    save_weights(tmp_path, encoder())
+    assert clusters_from_weights(tmp_path) is None
+    assert not (tmp_path / "clusters.safetensors").exists()
