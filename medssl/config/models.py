@@ -49,6 +49,10 @@ class DataConfig(StrictModel):
     """Processes that prepare volumes in parallel."""
     transductive: bool = False
     """Allow test people in pretraining; written in every result."""
+    item_labels: Path | None = None
+    """Pretraining only: CSV with labels of single items, such as runs/NAME/weights/clusters.csv of a clustering method.
+    Columns: `case`, for slices and slabs `position`, and labels, which a method can name like columns of the manifest
+    (method: {name: supervised, target: cluster0, loss: cross_entropy})."""
 
 
 class ModelConfig(StrictModel):
@@ -75,6 +79,12 @@ class RunConfig(StrictModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig
+
+    @model_validator(mode="after")
+    def _only_pretraining_joins_labels(self) -> RunConfig:
+        if self.data.item_labels is not None and getattr(self, "kind", "pretrain") != "pretrain":
+            raise ValueError("data.item_labels: only a pretraining is trained on labels of single items; remove it")
+        return self
 
     @property
     def spatial_dims(self) -> int:

@@ -24,9 +24,9 @@ from medssl.data.splits import refuse_leak
 from medssl.data.weak_labels import LabelUse, check_weak_labels, shortened
 from medssl.methods.decoupled_uniformity import PRIOR, DecoupledUniformityConfig
 from medssl.models import read_model
-from medssl.runs.progress import progress_bar
 from medssl.runs.clusters import check_cluster_columns
 from medssl.runs.item_labels import ItemLabels, read_item_labels
+from medssl.runs.progress import progress_bar
 from medssl.runs.volumes import (
     FINGERPRINT_DIGITS,
     Cohort,
@@ -91,11 +91,12 @@ def training_items(
 ) -> tuple[ItemTable, ItemReader]:
     """`open_items` of the rows that are trained on, with what their method asks for beside.
 
-    The prior of each item is in ``labels["prior"]`` where there is one. For a method that works on regions, label maps
+    The prior of each item is in ``labels["prior"]`` where there is one, labels of `data.item_labels` are under their
+    own names. For a method that works on regions, label maps
     are the maps of regions, and ``labels["region_heights"]`` says how far apart these are.
 
     Raises:
-        DataError: See `open_items`, `prior_of` and `prepare_regions`.
+        DataError: See `open_items`, `prior_of`, `ItemLabels.join` and `prepare_regions`.
     """
     table, reader = open_items(config, cohort, rows, statistics=statistics, with_labels=with_labels)
     path = prior_table(config)
@@ -103,6 +104,9 @@ def training_items(
         place = {int(volume): position for position, volume in enumerate(rows.table["volume"])}
         values = prior_of(rows, path)[[place[int(volume)] for volume in table.volume]]
         table = reader.table = replace(table, labels={**table.labels, PRIOR: values})
+    joined = item_labels(config, rows)
+    if joined is not None:
+        table = reader.table = joined.join(table, rows)
     if REGION_MAP in config.needs.labels:
         return with_regions(config, cohort, rows, table)
     return table, reader

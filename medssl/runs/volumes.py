@@ -323,7 +323,8 @@ def image_hashes(manifest: Manifest) -> Mapping[int, str]:
 def pretraining_manifests(weights: Path) -> list[Manifest]:
     """The volumes that some weights were pretrained on, and those of the weights that they were begun from, and so on.
 
-    The network behind a table that served as a prior (`method.prior.table`) counts like weights that were begun from.
+    The network behind a table that served as a prior (`method.prior.table`), or behind labels of items
+    (`data.item_labels`), counts like weights that were begun from.
 
     Args:
         weights: Run folder, its ``weights`` folder or a file in that. Where a run's manifest is not there, the list
@@ -347,13 +348,21 @@ def pretraining_manifests(weights: Path) -> list[Manifest]:
     return found
 
 
+def lies_with_weights(path: Path) -> bool:
+    """Whether a file is one of those that a run exported, in its folder of weights."""
+    return (path.parent / "model.json").is_file()
+
+
 def _learnt_from(config: Mapping[str, Any]) -> list[Path]:
-    """Weights that a pretraining began from, and those that embedded its prior."""
+    """Weights that a pretraining began from, those that embedded its prior, and those that labelled its items."""
     method = config.get("method")
     prior = method.get("prior") if isinstance(method, dict) else None
     table = prior.get("table") if isinstance(prior, dict) else None
     embedded = about_table(Path(table)).get("folder") if isinstance(table, str) else None
-    return [Path(one) for one in (config.get("weights"), embedded) if isinstance(one, str)]
+    data = config.get("data")
+    labels = data.get("item_labels") if isinstance(data, dict) else None
+    labelled = labels if isinstance(labels, str) and lies_with_weights(Path(labels)) else None
+    return [Path(one) for one in (config.get("weights"), embedded, labelled) if isinstance(one, str)]
 
 
 def with_absolute_paths(manifest: Manifest) -> Manifest:
