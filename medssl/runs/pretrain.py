@@ -109,8 +109,8 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed: boo
     def on_event(name: str, values: Mapping[str, Any]) -> None:
         if name == "started" and resume:
             record_run(folder, config_text=text, manifest=chosen)
-        if clusters is not None:
-            clusters.on_event(name, values)
+        if cluster_log is not None:
+            cluster_log.on_event(name, values)
 
     if leader:
         open_run(config.runs, config.name, kind="pretrain", config_text=text, manifest=chosen, resume=resume)
@@ -118,7 +118,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed: boo
         cohort = open_run_cohort(config, statistics=weights_statistics(config.weights))
         opened = open_training(config, cohort)
         method, reader = opened.method, opened.source.reader
-        clusters = ClusterLog.of_run(config, method, reader.table, folder)
+        cluster_log = ClusterLog.of_run(config, method, reader.table, folder)
         fabric = build_fabric(config.training)
         distributed.barrier()
         trained = train(
@@ -144,7 +144,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed: boo
             return Pretrained(folder, folder / "weights", {}, None)
         if isinstance(reader, FeatureReader):
             reader.statistics.save(folder / "weights" / STATISTICS)
-        done = finish(config, cohort, opened, trained, folder, leaks, notes, clusters)
+        done = finish(config, cohort, opened, trained, folder, leaks, notes, cluster_log)
         info["collapse"] = trained.collapse
     return replace(done, report=build_report(folder))  # after the status says done
 
@@ -296,7 +296,7 @@ def finish(
     folder: Path,
     leaks: list[str],
     notes: list[str],
-    clusters: ClusterLog | None = None,
+    cluster_log: ClusterLog | None,
 ) -> Pretrained:
     """Export weights and clusters, and write the summary."""
     method, begun_from = opened.method, opened.begun_from
@@ -323,10 +323,10 @@ def finish(
         },
     )
     compared = []
-    labels = None if clusters is None else final_clusters(config, method, opened.source)
-    if clusters is not None and labels is not None:
+    labels = None if cluster_log is None else final_clusters(config, method, opened.source)
+    if cluster_log is not None and labels is not None:
         save_clusters(labels, opened.source.reader.table, cohort.chosen, config, weights)
-        compared = clusters.add(trained.steps, labels)
+        compared = cluster_log.add(trained.steps, labels)
     summary = {
         "method": config.method.name,
         "strategy": getattr(config.method, "strategy", None),
