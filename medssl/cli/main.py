@@ -288,18 +288,31 @@ def compare(
     resume: Resume = False,
     allow_changed: AllowChanged = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Cells computed at the same time.")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="pretraining or cells: compute only these, and do not aggregate (array jobs).")
+    ] = None,
+    part: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Only every N-th cell of the stage, from I on.")
+    ] = None,
     precision: Precision = None,
     accelerator: Accelerator = None,
     as_json: Json = False,
 ) -> None:
-    """Compare methods: train every arm on the same folds and seeds, evaluate all alike, report once."""
+    """Compare methods: train every arm with one budget on the same people, evaluate all alike, report once."""
     from medssl.config import CompareConfig, load_config
     from medssl.runs.compare import compare as run
+    from medssl.runs.parts import read_part
 
+    chosen = read_part(stage, part)
     extra = _launch_overrides(precision=precision, accelerator=accelerator)
-    extra += [] if jobs is None else [f"jobs={jobs}"]
-    loaded = load_config(CompareConfig, plan, [*(overrides or []), *extra])
-    _show(run(loaded, resume=resume, allow_changed=allow_changed), as_json)
+    given = [*(overrides or []), *extra, *([] if jobs is None else [f"jobs={jobs}"])]
+    loaded = load_config(CompareConfig, plan, given)
+    if loaded.few_label and extra:  # the device of both halves
+        loaded = load_config(CompareConfig, plan, [*given, *(f"protocol.finetune.{one}" for one in extra)])
+    result = run(loaded, resume=resume, allow_changed=allow_changed, part=chosen)
+    _show(result, as_json)
+    if result.failed:  # the others' results are there, but not all that was asked for
+        raise typer.Exit(1)
 
 
 @app.command()

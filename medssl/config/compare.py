@@ -239,7 +239,10 @@ class CompareConfig(RunConfig):
         """
         protocol = self.protocol
         section = protocol.finetune
-        names = ("views", "optimizer", "schedule", "training", "task", "batch_size", "inference")
+        names = ("views", "optimizer", "schedule", "training", "batch_size", "inference")
+        task = section.task
+        if "train" in type(task).model_fields and not any(weights.values()):
+            task = task.model_copy(update={"train": "whole"})  # random weights are never frozen
         data = self.data if section.prepare is None else self.data.model_copy(update={"prepare": section.prepare})
         shown = ("n_labelled", "draws", "n_validation", "published_draws", "upper_bound")
         return FinetuneConfig(
@@ -256,6 +259,7 @@ class CompareConfig(RunConfig):
                 jobs=self.jobs,
                 **{name: getattr(protocol, name) for name in shown},
             ),
+            task=task,
             evaluate_on=protocol.evaluate_on,
             save_predictions="none" if "label_map" in section.task.needs().labels else "all",
             **{name: getattr(section, name) for name in names},

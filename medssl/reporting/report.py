@@ -11,6 +11,7 @@ from medssl.reporting import curves, scores
 from medssl.reporting.age_site import age_site_report
 from medssl.reporting.describe import cell_table, gap_table, paired_table, pairs_table, score_table
 from medssl.reporting.drawing import Picture
+from medssl.reporting.few_label import few_label_report
 from medssl.reporting.page import Section, data_section, notes, some, write_page
 from medssl.reporting.source import RunFiles, read_run, run_kind
 from medssl.reporting.targets import confusion, predicted_values
@@ -188,5 +189,6 @@ _REPORTS: Final[Mapping[str, Callable[[Path], Path]]] = MappingProxyType(
         "target": target_report,
         "pretrain": pretrain_report,
         "age_site": age_site_report,
+        "few_label": few_label_report,
     }
 )

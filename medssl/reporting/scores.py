@@ -236,29 +236,11 @@ def paired_differences(summary: Mapping[str, Any]) -> Picture | None:
     if not rows:
         return None
     looks = arm_looks(arms, baselines)
-    texts = []
     with style():
         figure = new_figure(0.95 + 0.34 * len(rows))
         axes = figure.add_subplot()
-        for y, row in enumerate(rows):
-            colour = looks[str(row["arm"])][0]
-            low, high = finite(row.get("low")), finite(row.get("high"))
-            known = low is not None and high is not None
-            if known:
-                axes.plot([low, high], [y, y], color=colour, lw=2, solid_capstyle="butt")
-            face = colour if excludes_zero(row) else "white"
-            axes.plot(row["difference"], y, "o", ms=7, mfc=face, mec=colour, mew=1.6, ls="")
-            interval = f"[{metric.difference(low)}, {metric.difference(high)}]" if known else "(no interval)"
-            texts.append(f"{metric.difference(row['difference'])} {interval}")
-            axes.annotate(
-                texts[-1],
-                (1.02, y),
-                xycoords=("axes fraction", "data"),
-                va="center",
-                color=INK,
-                annotation_clip=False,
-            )
-        axes.axvline(0, color=INK, lw=1)
+        colours = [looks[str(row["arm"])][0] for row in rows]
+        texts = draw_differences(axes, rows, metric, colours, [excludes_zero(row) for row in rows])
         names = [_comparison(row, len(baselines) == 1) for row in rows]
         axes.set_yticks(range(len(rows)), names)
         axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -277,6 +259,25 @@ def paired_differences(summary: Mapping[str, Any]) -> Picture | None:
     )
     alt = f"Paired differences in {metric.axis}. " + "; ".join(f"{name}: {text}" for name, text in zip(names, texts))
     return Picture("paired-differences", content, "svg", alt, caption, "Paired differences")
+
+
+def draw_differences(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], metric: Metric, colours: Sequence[str], filled: Sequence[bool]
+) -> list[str]:
+    """Draw one difference with its interval on each line, and write the numbers beside it; returns their texts."""
+    texts = []
+    for y, (row, colour, full) in enumerate(zip(rows, colours, filled)):
+        low, high = finite(row.get("low")), finite(row.get("high"))
+        known = low is not None and high is not None
+        if known:
+            axes.plot([low, high], [y, y], color=colour, lw=2, solid_capstyle="butt")
+        axes.plot(row["difference"], y, "o", ms=7, mfc=colour if full else "white", mec=colour, mew=1.6, ls="")
+        interval = f"[{metric.difference(low)}, {metric.difference(high)}]" if known else "(no interval)"
+        texts.append(f"{metric.difference(row['difference'])} {interval}")
+        beside = {"xycoords": ("axes fraction", "data"), "va": "center", "color": INK, "annotation_clip": False}
+        axes.annotate(texts[-1], (1.02, y), **beside)
+    axes.axvline(0, color=INK, lw=1)
+    return texts
 
 
 def _comparison(row: Mapping[str, Any], one_baseline: bool) -> str:

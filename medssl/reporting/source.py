@@ -86,7 +86,7 @@ class RunFiles:
 
 
 def run_kind(folder: Path) -> str:
-    """``age_site``, ``segmentation``, ``target`` or ``pretrain``, from the files that a run leaves.
+    """``age_site``, ``few_label``, ``segmentation``, ``target`` or ``pretrain``, from the files that a run leaves.
 
     Raises:
         DataError: The folder does not exist or is not the folder of a run that can be reported.
@@ -96,6 +96,8 @@ def run_kind(folder: Path) -> str:
         raise DataError("no such run folder", where=str(folder), fix="name the folder of a run, such as runs/<name>")
     if any((folder / name).exists() for name in ("eval/age_site.json", "eval/per_person.csv")):
         return "age_site"
+    if _is_few_label(folder):
+        return "few_label"
     finetuned = ("eval/summary.json", "eval/per_case.csv", "eval/cells.csv", "cells")
     if any((folder / name).exists() for name in finetuned):
         return "target" if _task(folder) in TARGET_TASKS else "segmentation"
@@ -109,14 +111,30 @@ def run_kind(folder: Path) -> str:
     )
 
 
-def _task(folder: Path) -> str | None:
-    """The task of a fine-tuning by its summary, or by its configuration while there is none; None: unreadable."""
+def _is_few_label(folder: Path) -> bool:
+    """Whether the folder is a comparison by fine-tuning, by its summary or, before there is one, its configuration."""
+    known = _known(folder)
+    protocol = known["config.yaml"].get("protocol")
+    planned = isinstance(protocol, dict) and protocol.get("name") == "few_label"
+    return known["eval/summary.json"].get("kind") == "few_label" or planned
+
+
+def _known(folder: Path) -> dict[str, dict[str, Any]]:
+    """Summary and configuration; an empty one where it is not there or unreadable."""
+    found: dict[str, dict[str, Any]] = {}
     for name, read in (("eval/summary.json", _read_object), ("config.yaml", read_yaml)):
         try:
-            found = read(folder / name)
+            content = read(folder / name)
         except (MedsslError, OSError, ValueError, RecursionError):
-            continue
-        task = found.get("task") if isinstance(found, dict) else None
+            content = None
+        found[name] = content if isinstance(content, dict) else {}
+    return found
+
+
+def _task(folder: Path) -> str | None:
+    """The task of a fine-tuning by its summary, or by its configuration while there is none; None: unreadable."""
+    for found in _known(folder).values():
+        task = found.get("task")
         task = task.get("name") if isinstance(task, dict) else task
         if isinstance(task, str):
             return task
@@ -161,6 +179,14 @@ def _read_target_parts(run: RunFiles) -> None:
     _read_curves(run)
 
 
+def _read_few_label_parts(run: RunFiles) -> None:
+    run.summary = run.attempt("eval/summary.json", _read_few_label, "scores and comparisons cannot be shown", {})
+    target = run.summary.get("task") in TARGET_TASKS
+    read = _read_predictions if target else _read_per_case
+    run.per_case = run.attempt("eval/per_case.csv", read, "single draws cannot be shown", None)
+    run.cells = run.attempt("eval/cells.csv", _read_table, "single fine-tunings cannot be listed", None)
+
+
 def _read_curves(run: RunFiles) -> None:
     for path in sorted(run.folder.glob("cells/*/logs/metrics.csv")):
         match = CELL_NAME.fullmatch(path.parent.parent.name)
@@ -184,6 +210,7 @@ _PARTS: Final[Mapping[str, Callable[[RunFiles], None]]] = MappingProxyType(
         "segmentation": _read_segmentation_parts,
         "pretrain": _read_pretrain_parts,
         "target": _read_target_parts,
+        "few_label": _read_few_label_parts,
         "age_site": _read_age_site_parts,
     }
 )
@@ -216,6 +243,13 @@ def _rows_with(content: dict[str, Any], parts: Mapping[str, Sequence[str]]) -> d
 def _read_summary(path: Path) -> dict[str, Any]:
     keys = ("arm", "baseline", "n_labelled", "difference")
     return _rows_with(_read_object(path), {"table": ("arm", "n_labelled"), "paired": keys})
+
+
+def _read_few_label(path: Path) -> dict[str, Any]:
+    keys = ("arm", "baseline", "encoder", "n_labelled", "difference")
+    rows = ("arm", "encoder", "n_labelled")
+    parts = {"table": rows, "paired": keys, "paired_best": keys, "best": rows, "upper_bound": ("encoder",)}
+    return _rows_with(_read_object(path), {**parts, "pretraining": ("arm", "encoder", "method")})
 
 
 def _read_age_site(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 
@@ -13,10 +14,13 @@ from medssl.reporting import build_report
 from medssl.runs.compare_cells import CompareCell, CompareRunner, fold_statistics
 from medssl.runs.compare_folds import Fold, open_people, plan_folds, rows_of
 from medssl.runs.compare_summary import Compared, summarise_comparison
+from medssl.runs.few_label import compare_few_label
+from medssl.runs.few_label_summary import ComparedFewLabel
 from medssl.runs.folder import open_run, record_run, run_folder, tracked
 from medssl.runs.grid import check_keys, run_grid
 from medssl.runs.labels import check_labels
 from medssl.runs.leaks import LeakCheck, check_weights
+from medssl.runs.parts import Part, PartDone
 from medssl.runs.pretrain import check_batch
 from medssl.runs.volumes import Cohort, open_items, voxel_hashes
 from medssl.samplers import SAMPLERS
@@ -25,19 +29,34 @@ from medssl.training.device import resolve_accelerator, resolve_precision
 log = logging.getLogger(__name__)
 
 
-def compare(config: CompareConfig, *, resume: bool = False, allow_changed: bool = False) -> Compared:
+def compare(
+    config: CompareConfig, *, resume: bool = False, allow_changed: bool = False, part: Part | None = None
+) -> Compared | ComparedFewLabel | PartDone:
     """Run every cell of a plan that is not finished, then aggregate and report.
-
-    A cell is small: nothing of its training is saved, and one that was interrupted is computed again as a whole.
 
     Args:
         config: The validated plan.
         resume: Go on in an existing run folder; finished cells are not repeated, new arms or seeds are added.
         allow_changed: Compute cells again that were begun, but not finished, with other settings.
+        part: Compute only these cells, and do not aggregate: for array jobs that share the run folder.
 
     Raises:
         ConfigError, DataError: Before any training starts.
         Interrupted: Asked to stop; resumable.
+    """
+    if config.few_label:
+        return compare_few_label(config, resume=resume, allow_changed=allow_changed, part=part)
+    if part is not None and part.stage == "pretraining":
+        raise ConfigError("the protocol age_site pretrains in its cells", fix="use --stage cells")
+    return compare_age_site(config, resume=resume, allow_changed=allow_changed, part=part)
+
+
+def compare_age_site(
+    config: CompareConfig, *, resume: bool = False, allow_changed: bool = False, part: Part | None = None
+) -> Compared | PartDone:
+    """`compare` by the protocol age_site.
+
+    A cell is small: nothing of its training is saved, and one that was interrupted is computed again as a whole.
     """
     resolve_precision(config.training, resolve_accelerator(config.training))
     cohort = open_people(config)
@@ -48,6 +67,7 @@ def compare(config: CompareConfig, *, resume: bool = False, allow_changed: bool 
     by_name = {fold.name: fold for fold in folds}
     checked = check_arms(config, cohort, folds)
     cells = plan_cells(config, by_name)
+    cells = cells if part is None else part.of_cells(cells)
     keep = frozenset(CompareCell(arm.name, folds[0].name, config.protocol.seeds[0]) for arm in config.arms)
     runner = CompareRunner(config, cohort, by_name, keep)
     keys = {cell: runner.key(cell) for cell in cells}
@@ -55,9 +75,12 @@ def compare(config: CompareConfig, *, resume: bool = False, allow_changed: bool 
     run_folder(config.runs, config.name)
     folder = open_run(config.runs, config.name, kind="compare", config_text=text, manifest=cohort.chosen, resume=resume)
     check_keys(folder / "cells", keys, allow_changed=allow_changed)
-    with tracked(folder, "compare") as info:
+    # Parts run side by side: the status is that of whoever aggregates.
+    with tracked(folder, "compare") if part is None else contextlib.nullcontext({}) as info:
         record_run(folder, config_text=text, manifest=cohort.chosen)
         results = run_grid(cells, runner, folder / "cells", keys=keys, jobs=config.jobs)
+        if part is not None:
+            return PartDone(part, folder, len(results), {})
         checked = LeakCheck(checked.n_groups, (*notes, *checked.notes))
         done = summarise_comparison(config, cohort, by_name, results, folder, checked)
         info["cells"] = len(results)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,6 +42,8 @@ class Compared:
     summary: dict[str, Any]
     folder: Path
     report: Path | None = None
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """None here: a cell that fails ends this comparison."""
 
     def text(self) -> str:
         """A table for people."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pandas as pd
 from torch import nn
 
 from medssl.config import ArmConfig, FinetuneConfig, dump_config
+from medssl.config.compare import UPPER_BOUND
 from medssl.core.errors import ConfigError, DataError
 from medssl.core.files import write_json
 from medssl.core.types import ModelParts
@@ -21,9 +22,9 @@ from medssl.models import build_decoder, build_encoder, load_weights, read_model
 from medssl.reporting import build_report
 from medssl.reporting.tables import write_csv
 from medssl.runs.folder import open_run, record_run, run_folder, tracked
-from medssl.runs.grid import NOT_RESULT_TRAINING, Cell, Result, check_keys, fingerprint, run_grid
+from medssl.runs.grid import NOT_RESULT_TRAINING, AnyCell, Cell, GridCell, Result, check_keys, fingerprint, run_grid
 from medssl.runs.leaks import LeakCheck, check_weights
-from medssl.runs.summary import UPPER_BOUND, Finetuned, summarise_grid
+from medssl.runs.summary import Finetuned, summarise_grid
 from medssl.runs.tasks import TaskRun, task_run
 from medssl.runs.volumes import Cohort, in_splits, open_run_cohort, voxel_hashes, weights_statistics
 from medssl.samplers import FewLabelSampler
@@ -294,20 +295,8 @@ def finish(
     config: FinetuneConfig, cohort: Cohort, folder: Path, results: dict[Cell, Result], leaks: LeakCheck
 ) -> Finetuned:
     """Tables, summary and overlays from the finished cells."""
-    tables = []
     run = task_run(config, cohort)
-    for cell in results:
-        # Only empty cells are missing: a person or a structure may be called NA.
-        rows = pd.read_csv(
-            folder / "cells" / cell.name / "per_case.csv",
-            dtype=dict.fromkeys(run.texts, str),
-            keep_default_na=False,
-            na_values=[""],
-        )
-        tables.append(rows.assign(arm=cell.arm, n_labelled=cell.n_labelled, draw=cell.draw, seed=cell.seed))
-    per_case = pd.concat(tables, ignore_index=True)
-    first = ["arm", "n_labelled", "draw", "seed", *(name for name in run.texts if name in per_case)]
-    per_case = per_case[[*first, *[name for name in per_case if name not in first]]]
+    per_case = scores_of(folder / "cells", results, run)
     write_csv(per_case, folder / "eval" / "per_case.csv")
     write_csv(cell_table(results), folder / "eval" / "cells.csv")
     leak_check = {"groups_shared_between_splits": leaks.n_groups, "notes": list(leaks.notes)}
@@ -317,19 +306,30 @@ def finish(
     return done
 
 
-def cell_table(results: dict[Cell, Result]) -> pd.DataFrame:
+def scores_of(folder: Path, cells: Iterable[GridCell], run: TaskRun) -> pd.DataFrame:
+    """The rows of ``per_case.csv`` of every finished cell, with what the cell is in front."""
+    tables = []
+    for cell in cells:
+        # Only empty cells are missing: a person or a structure may be called NA.
+        rows = pd.read_csv(
+            folder / cell.name / "per_case.csv",
+            dtype=dict.fromkeys(run.texts, str),
+            keep_default_na=False,
+            na_values=[""],
+        )
+        tables.append(rows.assign(**asdict(cell)))
+        fields = list(asdict(cell))
+    per_case = pd.concat(tables, ignore_index=True)
+    first = [*fields, *(name for name in run.texts if name in per_case)]
+    return per_case[[*first, *[name for name in per_case if name not in first]]]
+
+
+def cell_table(results: Mapping[AnyCell, Result]) -> pd.DataFrame:
     """One row per cell: budget used, step chosen, score on validation."""
     names = ("n_validation", "best_step", "best_score", "steps", "seconds", "data_wait_share")
     return pd.DataFrame(
         [
-            {
-                "arm": cell.arm,
-                "n_labelled": cell.n_labelled,
-                "draw": cell.draw,
-                "seed": cell.seed,
-                **{name: result[name] for name in names},
-                "status": "done",
-            }
+            {**asdict(cell), **{name: result[name] for name in names}, "status": "done"}
             for cell, result in results.items()
         ]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,13 @@ from typing import Any
 import pandas as pd
 
 from medssl.config import FinetuneConfig
+from medssl.config.compare import UPPER_BOUND
 from medssl.data.splits import TEST_SPLITS
 from medssl.evaluation.statistics import compare_arms, holm, over_draws
 from medssl.reporting.metric import Metric, metric_of
 from medssl.runs.grid import Cell, Result
 from medssl.runs.tasks import TaskRun, task_run
 from medssl.runs.volumes import Cohort
-
-UPPER_BOUND = "upper_bound"
 
 
 @dataclass
@@ -59,9 +59,9 @@ def summarise_grid(
     metric = metric_of({"metric": run.metric.name, **facts})
     arms = per_case[per_case["arm"] != UPPER_BOUND]
     baseline = config.grid.arms[0].name
-    table = _table(arms, results, run)
-    upper = _upper(per_case[per_case["arm"] == UPPER_BOUND], run)
-    paired = _paired(arms, baseline, run) if len(config.grid.arms) > 1 else []
+    table = score_rows(arms, results, run)
+    upper = upper_bound(per_case[per_case["arm"] == UPPER_BOUND], run)
+    paired = paired_rows(arms, baseline, run) if len(config.grid.arms) > 1 else []
     evaluated_on = " and ".join(config.evaluated)
     verdict = _verdict(table, paired, config.evaluated[0], metric)
     summary = {
@@ -73,14 +73,14 @@ def summarise_grid(
         "table": table,
         "paired": paired,
         "upper_bound": upper,
-        "gap_closed": _gap_closed(table, baseline, upper, metric),
+        "gap_closed": gap_closed(table, baseline, upper, metric),
         "left_out": {
             **({"both_empty": int(per_case["dice"].isna().sum())} if metric.name == "dice" else {}),
             "excluded_cases": list(cohort.left_out),
         },
         "transductive": config.data.transductive,
         "leak_check": leak_check,
-        "notes": _notes(config, run),
+        "notes": grid_notes(config, run),
         "verdict": verdict,
     }
     return Finetuned(summary, folder, verdict=verdict)
@@ -91,17 +91,26 @@ def _leading(per_case: pd.DataFrame, run: TaskRun) -> pd.DataFrame:
     return per_case[per_case["split"] == run.config.evaluated[0]] if "split" in per_case else per_case
 
 
-def _table(arms: pd.DataFrame, results: dict[Cell, Result], run: TaskRun) -> list[dict[str, Any]]:
+def score_rows(arms: pd.DataFrame, results: Mapping[Any, Result], run: TaskRun) -> list[dict[str, Any]]:
+    """Mean and spread over draws of each arm of the configuration and number of labels that has finished cells.
+
+    Args:
+        arms: Rows of ``per_case.csv``, without the upper bound's.
+        results: By cell (which has ``arm`` and ``n_labelled``).
+        run: What the scores are.
+    """
     grid, column = run.config.grid, run.metric.column
     means = over_draws(_leading(arms, run), metric=column).set_index(["arm", "n_labelled"])
     rows = []
     for arm in (one.name for one in grid.arms):
         for n in sorted(set(grid.n_labelled)):
             part = arms[(arms["arm"] == arm) & (arms["n_labelled"] == n)]
+            cells = [result for cell, result in results.items() if cell.arm == arm and cell.n_labelled == n]
+            if not cells:
+                continue
             # People count alike, however many volumes they have; as in the mean.
             by_person = _leading(part, run).groupby(["draw", "seed", "group"])[column].mean()
             by_draw = by_person.groupby(level="draw").mean()
-            cells = [result for cell, result in results.items() if cell.arm == arm and cell.n_labelled == n]
             rows.append(
                 {
                     "arm": arm,
@@ -113,25 +122,26 @@ def _table(arms: pd.DataFrame, results: dict[Cell, Result], run: TaskRun) -> lis
                     "sd": _number(means.loc[(arm, n), "sd"]),
                     "min": _number(by_draw.min()),
                     "max": _number(by_draw.max()),
-                    **_plain(run.details(part)),
+                    **plain(run.details(part)),
                     "seconds": round(sum(cell["seconds"] for cell in cells), 1),
                 }
             )
     return rows
 
 
-def _upper(bound: pd.DataFrame, run: TaskRun) -> dict[str, Any] | None:
+def upper_bound(bound: pd.DataFrame, run: TaskRun) -> dict[str, Any] | None:
+    """What training on every label reached, from its rows of ``per_case.csv``; None without any."""
     if bound.empty:
         return None
     mean = over_draws(_leading(bound, run), metric=run.metric.column)["mean"].iloc[0]
     return {
         "mean": _number(mean),
         "n_labelled": int(bound["n_labelled"].iloc[0]),
-        **({"splits": _plain(run.details(bound)["splits"])} if "split" in bound else {}),
+        **({"splits": plain(run.details(bound)["splits"])} if "split" in bound else {}),
     }
 
 
-def _paired(arms: pd.DataFrame, baseline: str, run: TaskRun) -> list[dict[str, Any]]:
+def paired_rows(arms: pd.DataFrame, baseline: str, run: TaskRun) -> list[dict[str, Any]]:
     """Differences to the baseline, on each split by itself, with p-values corrected over all of them."""
     splits = run.config.evaluated if len(run.config.evaluated) > 1 else (None,)
     frames = [
@@ -142,10 +152,10 @@ def _paired(arms: pd.DataFrame, baseline: str, run: TaskRun) -> list[dict[str, A
     frame["p_holm"] = holm(frame["p_value"].to_numpy(dtype=float))
     names = ["arm", "baseline", "n_labelled", "difference", "low", "high", "p_value", "p_holm", "n_people", "n_draws"]
     names += [] if splits == (None,) else ["split"]
-    return [{name: _plain(row[name]) for name in names} for row in frame.to_dict(orient="records")]
+    return [{name: plain(row[name]) for name in names} for row in frame.to_dict(orient="records")]
 
 
-def _gap_closed(
+def gap_closed(
     table: list[dict[str, Any]], baseline: str, upper: dict[str, Any] | None, metric: Metric
 ) -> list[dict[str, Any]]:
     """Share of the way from the baseline to the upper bound that an arm goes; left out where there is no way to go."""
@@ -194,11 +204,17 @@ def _verdict(table: list[dict[str, Any]], paired: list[dict[str, Any]], split: s
     return " ".join(sentences)
 
 
-def _notes(config: FinetuneConfig, run: TaskRun) -> list[str]:
+def grid_notes(config: FinetuneConfig, run: TaskRun) -> list[str]:
+    """What a reader must know about the scores of a grid."""
     grid = config.grid
-    notes = [
+    given = (
         f"Every cell is given n training and {grid.n_validation} labelled validation volumes, on which its best step "
-        f"is chosen: n + {grid.n_validation} labels in all.",
+        f"is chosen: n + {grid.n_validation} labels in all."
+        if grid.n_validation
+        else "Every cell is given n labelled volumes and none for validation: its last step counts."
+    )
+    notes = [
+        given,
         *run.notes(),
         "Intervals resample draws and groups; cases of one group are averaged first.",
     ]
@@ -222,9 +238,10 @@ def _number(value: Any) -> float | None:
     return round(number, 6) if math.isfinite(number) else None
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Python values for numpy ones, and null for what is not finite, as JSON can hold it."""
     if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
+        return {name: plain(one) for name, one in value.items()}
     if isinstance(value, float):
         return _number(value)
     return value.item() if hasattr(value, "item") else value
