@@ -19,7 +19,7 @@ from medssl.core.types import EmbedAll, Ints, ItemTable, LossOutput, Method, Mod
 from medssl.losses import cluster_cross_entropy, k_means
 from medssl.losses.numerics import unit
 from medssl.methods.assignments import Assignments, cluster_logs, whole_set
-from medssl.methods.entry import embed_views
+from medssl.methods.entry import embed_views, evaluated
 from medssl.models.heads import HeadNorm, ProjectionHead
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,8 @@ class DeepClusterConfig(StrictModel):
     iterations: PositiveInt | None = None
     """Updates of k-means; null: 20 for v1 (Caron et al. 2018), 10 for v2 (Caron et al. 2020)."""
     n_components: PositiveInt = 256
-    """Of v1: dimensions left by the whitened PCA (Caron et al. 2018, section 3.3); as many as the set has, if fewer."""
+    """Of v1: dimensions left by the whitened PCA (Caron et al. 2018, section 3.3); as many as the set has, if fewer.
+    Whitening makes all of them count alike, the noise of the last ones too: on small sets a few are enough."""
     n_heads: PositiveInt = 3
     """Of v2: k-means clusterings from different starts (Caron et al. 2020, appendix D)."""
     temperature: PositiveFloat = 0.1
@@ -167,7 +168,7 @@ class DeepCluster(Method):
     def refresh(self, embed_all: EmbedAll) -> None:
         """Cluster every item anew; v1 draws its classifier, v2 takes the centroids as prototypes."""
         h = whole_set(embed_all, self.assignments)
-        rows = self._whitened(h) if self.head is None else self._projected(h)
+        rows = self._whitened(h) if self.head is None else evaluated(self.head, h.to(self.prototypes))
         self.refreshes += 1
         moment = int(self.refreshes)
         found = [
@@ -199,7 +200,7 @@ class DeepCluster(Method):
         """The cluster (T, n) that is predicted for encoder outputs (n, F)."""
         like = self.classifier.weight if self.head is None else self.prototypes
         h = h.to(like)
-        return self._logits((h if self.head is None else self._evaluated(h))[:, None]).argmax(3)[:, 0].T
+        return self._logits((h if self.head is None else evaluated(self.head, h))[:, None]).argmax(3)[:, 0].T
 
     def _logits(self, x: Tensor) -> Tensor:
         """(N, V, F) or (N, V, D) to (N, V, T, K), before the temperature."""
@@ -224,19 +225,6 @@ class DeepCluster(Method):
             )
         scores = torch.from_numpy(pca.transform(h.double().cpu().numpy())[:, :kept])
         return unit(scores.to(h.device, torch.promote_types(h.dtype, torch.float32)))
-
-    def _projected(self, h: Tensor) -> Tensor:
-        return self._evaluated(h.to(self.prototypes.dtype))
-
-    def _evaluated(self, h: Tensor) -> Tensor:
-        """Projections (n, D) as they are in evaluation, whatever mode the method is in."""
-        assert self.head is not None
-        training = self.head.training
-        self.head.eval()
-        try:
-            return self.head(h)
-        finally:
-            self.head.train(training)
 
     def _draw_classifier(self, seed: int) -> None:
         """Normal weights of deviation 0.01 and no bias (the authors' program); drawn on the CPU, alike everywhere."""

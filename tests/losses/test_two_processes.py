@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from medssl.core.distributed import gather, world_size
+from medssl.core.distributed import from_first, gather, world_size
 from medssl.losses import (
     alignment,
     barlow_twins,
@@ -137,6 +137,9 @@ def losses_and_gradients(rank: int, processes: int) -> dict[str, tuple[Tensor, T
 def run(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    assert torch.equal(
+        from_first(torch.full((2, 3), rank)), torch.zeros(2, 3).long()
+    )  # what nearly ties must decide once
     torch.save(losses_and_gradients(rank, 2), Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
