@@ -143,7 +143,7 @@ class HierarchicalGrouping(Method):
             ConfigError: The table has no heights of regions.
         """
         if HEIGHTS not in table.labels:
-            raise ConfigError("items have no regions", fix="find them with medssl.data.regions.prepare_regions")
+            raise ConfigError("items have no regions", fix="find them with medssl.data.region_store.prepare_regions")
         single = np.isfinite(table.labels[HEIGHTS]).sum(1) <= 1
         if single.all():
             raise DataError(

@@ -19,7 +19,8 @@ from medssl.data.feature_store import open_features
 from medssl.data.features import FeatureStatistics, FeatureTable, about_table, read_features
 from medssl.data.items import ItemReader
 from medssl.data.manifest import Manifest
-from medssl.data.regions import HEIGHTS, REGION_MAP, prepare_regions
+from medssl.data.region_store import prepare_regions
+from medssl.data.regions import HEIGHTS, REGION_MAP
 from medssl.data.splits import refuse_leak
 from medssl.data.weak_labels import LabelUse, check_weak_labels, shortened
 from medssl.methods.decoupled_uniformity import PRIOR, DecoupledUniformityConfig
@@ -39,6 +40,10 @@ from medssl.runs.volumes import (
 
 SEEN: Final = "pretrained_on"
 """Column of an embedding table: whether the network was trained on the row."""
+STAND_IN: Final = (
+    "regions: the magnitude of the image's gradient stands in for boundaries learnt from annotations, which the "
+    "published method has; method.regions.boundaries takes such maps"
+)
 _PLURAL: Final = {"case": "visits", "subject": "people"}
 
 
@@ -78,6 +83,8 @@ def check_labels(
         prior_of(rows, path)
         if not config.data.transductive and len(tested):
             notes += _refuse_seen(config, tested, path, voxels)
+    if REGION_MAP in config.needs.labels and config.method.regions.boundaries is None:
+        notes.append(STAND_IN)
     return notes
 
 
@@ -92,8 +99,8 @@ def training_items(
     """`open_items` of the rows that are trained on, with what their method asks for beside.
 
     The prior of each item is in ``labels["prior"]`` where there is one, labels of `data.item_labels` are under their
-    own names. For a method that works on regions, label maps
-    are the maps of regions, and ``labels["region_heights"]`` says how far apart these are.
+    own names. For a method that works on regions, label maps are the maps of regions, and ``labels["region_heights"]``
+    says how far apart these are.
 
     Raises:
         DataError: See `open_items`, `prior_of`, `ItemLabels.join` and `prepare_regions`.

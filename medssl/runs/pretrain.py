@@ -135,7 +135,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed: boo
             fingerprint={
                 "config": config.model_dump(mode="json", exclude={"name", "runs", "status"}),
                 "manifest": cohort.chosen.hash(),
-                "files": fingerprint([cohort.store.key(volume) for volume in cohort.store.volumes]),
+                "files": fingerprint([reader.store.key(volume) for volume in cohort.store.volumes]),
                 "prior": prior_fingerprint(config),
             },
             on_event=on_event,
