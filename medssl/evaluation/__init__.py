@@ -22,12 +22,25 @@ from medssl.evaluation.neighbours import (
 from medssl.evaluation.probes import age_probe, person_folds, site_probe
 from medssl.evaluation.segmentation import ClassSummary, Summary, case_metrics, dice, hd95_mm, summarise
 from medssl.evaluation.statistics import PairedDifference, compare_arms, holm, over_draws, paired_bootstrap
+from medssl.evaluation.unsupervised import (
+    BlankCheck,
+    ClusterScores,
+    Invariance,
+    blank_check,
+    cluster_counts,
+    invariance,
+    match_clusters,
+    score_clusters,
+)
 
 __all__ = [
     "AgeSiteSummary",
+    "BlankCheck",
     "ClassSummary",
     "ClusterQuality",
+    "ClusterScores",
     "ComBat",
+    "Invariance",
     "Labelled",
     "PairedDifference",
     "People",
@@ -36,7 +49,9 @@ __all__ = [
     "age_probe",
     "alignment_uniformity",
     "case_metrics",
+    "blank_check",
     "cluster_balance",
+    "cluster_counts",
     "cluster_quality",
     "compare_age_site",
     "compare_arms",
@@ -44,8 +59,10 @@ __all__ = [
     "hd95_mm",
     "folded",
     "holm",
+    "invariance",
     "knn_probe",
     "linear_probe",
+    "match_clusters",
     "mlp_probe",
     "openbhb_score",
     "over_draws",
@@ -53,6 +70,7 @@ __all__ = [
     "person_folds",
     "reference_groups",
     "predict_age_site",
+    "score_clusters",
     "site_probe",
     "summarise",
     "summarise_age_site",
