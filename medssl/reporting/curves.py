@@ -19,10 +19,12 @@ BINS: Final = 60
 MAX_PANELS: Final = 12
 MONITORS: Final = {
     "loss": "loss",
-    "lr": "learning rate",
-    "embedding_spread": "spread of the embedding\n(0: all images look the same)",
+    "learning_rate": "learning rate",
+    "spread": "spread of the embedding\n(0: all images look the same)",
     "effective_rank": "effective rank\n(1: one direction is left)",
+    "used_prototypes": "share of prototypes in use",
 }
+CHANCE: Final = "chance_loss"
 _TIMES: Final = ("step", "seconds", "data_wait", "data_wait_share", "data_seconds", "images_per_second")
 
 
@@ -104,10 +106,11 @@ def pretraining_curves(metrics: pd.DataFrame | None, *, monitors_only: bool = Fa
     """What pretraining logged, one panel each: loss, learning rate, collapse monitors, the method's own scalars."""
     if metrics is None:
         return None
-    logged = [c for c in metrics.columns if c not in _TIMES and metrics[c].notna().any()]
+    hidden = {*_TIMES, CHANCE, "collapse_alarm"}
+    logged = [c for c in metrics.columns if c not in hidden and metrics[c].notna().any()]
     first = [c for c in MONITORS if c in logged]
     names = (
-        [c for c in first if c not in ("loss", "lr")]
+        [c for c in first if c not in ("loss", "learning_rate")]
         if monitors_only
         else first + [c for c in logged if c not in first]
     )
@@ -128,17 +131,18 @@ def pretraining_curves(metrics: pd.DataFrame | None, *, monitors_only: bool = Fa
             x, y = binned(steps, values, steps.max())
             axes.plot(x[np.isfinite(y)], y[np.isfinite(y)], color="#0072B2", lw=2)
             axes.set_title(MONITORS.get(name, clean(name, 34).replace("_", " ")), loc="left", fontsize=9)
-            if name in ("embedding_spread", "effective_rank"):
+            if name == "loss" and CHANCE in metrics:
+                axes.plot(steps, metrics[CHANCE].ffill(), color="#555555", lw=1, ls="--", label="uniform guess")
+                axes.legend(fontsize=8)
+            if name in ("spread", "effective_rank", "used_prototypes"):
                 axes.set_ylim(bottom=0)
             axes.set_xlabel("optimiser step")
             ends.append(f"{clean(name, 34)} ends at {number(values[known][-1])}")
         for axes in panels[len(shown) :]:
             axes.set_axis_off()
         content = svg_bytes(figure)
-    hidden = (
-        f" {len(names) - len(shown)} further quantities are in logs/metrics.csv." if len(names) > len(shown) else ""
-    )
-    caption = "Thin: every logged value; bold: its mean in 60 spans of steps. Scales differ between panels." + hidden
+    more = f" {len(names) - len(shown)} further quantities are in logs/metrics.csv." if len(names) > len(shown) else ""
+    caption = "Thin: every logged value; bold: its mean in 60 spans of steps. Scales differ between panels." + more
     name = "collapse-monitors" if monitors_only else "pretraining-curves"
     title = "Collapse monitors of pretraining" if monitors_only else "Pretraining"
     return Picture(name, content, "svg", f"{title}: " + "; ".join(ends), caption, title)

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from medssl.reporting import curves, scores
 from medssl.reporting.age_site import age_site_report
+from medssl.reporting.clusters import cluster_curves, cluster_table, read_clusters
 from medssl.reporting.describe import cell_table, gap_table, paired_table, pairs_table, score_table
 from medssl.reporting.drawing import Picture
 from medssl.reporting.few_label import few_label_report
@@ -100,7 +101,7 @@ def pretrain_report(run_dir: Path) -> Path:
     """Build the report of a pretraining run; see ``build_report``."""
     run = read_run(run_dir, "pretrain")
     done = run.pretrain
-    elsewhere = ("weights", "collapse", "label_notes", "views", "data_wait_share", "seconds")
+    elsewhere = ("weights", "collapse", "recovered", "clusters", "label_notes", "views", "data_wait_share", "seconds")
     facts = {k: v for k, v in done.items() if k not in elsewhere}
     if "seconds" in done:
         facts["time"] = duration(done["seconds"])
@@ -112,6 +113,7 @@ def pretrain_report(run_dir: Path) -> Path:
     views = _views(run)
     sections = [
         Section("training", "Training", "No training log was found.", some(curves.pretraining_curves(run.metrics))),
+        *_clusters(run),
         Section("views", "Views", "No picture of the views was kept.", some(views)),
         Section(
             "summary", "Summary", "eval/pretrain.json was not found.", (),
@@ -122,8 +124,21 @@ def pretrain_report(run_dir: Path) -> Path:
     return write_page(run, "Pretraining", _pretrain_verdict(run), sections)
 
 
+def _clusters(run: RunFiles) -> list[Section]:
+    """What the method's clusters are; nothing for a method without any."""
+    if run.clusters is None:
+        return []
+    try:
+        frame = read_clusters(run.clusters)
+    except ValueError as error:
+        run.gaps.append(f"logs/clusters.csv cannot be read ({error}): clusters cannot be shown.")
+        return []
+    pictures, tables = some(cluster_curves(frame)), some(cluster_table(frame))
+    return [Section("clusters", "Clusters", "logs/clusters.csv holds no rows.", pictures, tables)]
+
+
 def _pretrain_verdict(run: RunFiles) -> Verdict:
-    """What a loss curve can tell: whether the run ended and whether the embedding collapsed, never how good it is."""
+    """What a loss curve can tell: whether the run ended and whether it collapsed, never how good it is."""
     done = run.pretrain
     collapse = done.get("collapse")
     method, steps = clean(done.get("method", "The method"), 60), done.get("steps")
@@ -138,18 +153,16 @@ def _pretrain_verdict(run: RunFiles) -> Verdict:
         else f"{method}: no summary of the run is available"
     )
     if collapse:
-        end = "the embedding shows signs of collapse: do not use these weights without looking at the monitors"
+        end = "it ended with signs of collapse: do not use these weights without looking at the monitors"
     elif collapse is None:
-        end = "whether the embedding collapsed was not recorded"
+        end = "whether it collapsed was not recorded"
     else:
         end = "no sign of collapse was seen"
-    signs = [
-        clean(sign if not isinstance(sign, dict) else ", ".join(f"{k}: {v}" for k, v in sign.items()), 300)
-        for sign in collapse or []
-    ]
+    signs = [f"Sign of collapse: {clean(sign, 300)}" for sign in collapse or []]
+    signs += [f"Sign of collapse that went away: {clean(sign, 300)}" for sign in done.get("recovered") or []]
     use = "A loss says nothing about use: whether pretraining helps is decided by fine-tuning on labels."
     labels = [clean(note, 500) for note in done.get("label_notes") or []]
-    return Verdict(f"{begin}; {end}.", [*(f"Sign of collapse: {sign}" for sign in signs), *labels], [use])
+    return Verdict(f"{begin}; {end}.", [*signs, *labels], [use])
 
 
 def _named(value: Any) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class RunFiles:
     overlays: list[Overlay] = field(default_factory=list)
     people: pd.DataFrame | None = None
     maps: pd.DataFrame | None = None
+    clusters: pd.DataFrame | None = None
     gaps: list[str] = field(default_factory=list)
 
     def attempt(self, name: str, read: Callable[[Path], T], consequence: str | None, fallback: T) -> T:
@@ -158,6 +159,7 @@ def read_run(folder: Path, kind: str) -> RunFiles:
 
 def _read_pretrain_parts(run: RunFiles) -> None:
     run.pretrain = run.attempt("eval/pretrain.json", _read_object, "the summary cannot be shown", {})
+    run.clusters = run.attempt("logs/clusters.csv", _read_table, None, None)
 
 
 def _read_segmentation_parts(run: RunFiles) -> None:

@@ -103,7 +103,7 @@ def pretrain_run(folder: Path, *, collapse=()):
     pd.DataFrame(
         {
             "step": steps, "loss": 4 * np.exp(-steps / 200) + 1 + rng.normal(0, 0.1, len(steps)),
-            "lr": 1e-3 * (1 - steps / 1001), "embedding_spread": 0.9 - 0.3 * np.exp(-steps / 100),
+            "learning_rate": 1e-3 * (1 - steps / 1001), "spread": 0.9 - 0.3 * np.exp(-steps / 100),
             "effective_rank": 30 + 5 * np.sin(steps / 90), "positive_similarity": 1 - np.exp(-steps / 300),
         }
     ).to_csv(_parent(folder / "logs/metrics.csv"), index=False)  # fmt: skip
