@@ -77,7 +77,7 @@ def cluster_curves(frame: pd.DataFrame | None) -> Picture | None:
         balance = frame.groupby("step")["balance"].mean()
         panels[-1].plot(balance.index, balance, color="0.3", lw=2, marker=".")
         panels[-1].set_ylim(0, 1.05)
-        panels[-1].set_title("balance of the clusters (1: equally large)", loc="left", fontsize=9)
+        panels[-1].set_title("balance (1: equally large)", loc="left", fontsize=9)
         for axes in panels:
             axes.set_xlabel("optimiser step")
         ends.append(f"balance ends at {number(balance.iloc[-1])}")
