@@ -316,6 +316,48 @@ def compare(
 
 
 @app.command()
+def slurm(
+    config: Annotated[Path, typer.Argument(help="The YAML file of a pretraining, a fine-tuning or a comparison.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Script to write; default: CONFIG.sbatch.")] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Submit it too.")] = False,
+    overrides: Set = None,
+    time: Annotated[str, typer.Option(help="Time limit; the job saves, is queued again and goes on.")] = "12:00:00",
+    partition: Annotated[str | None, typer.Option(help="Partition of the cluster.")] = None,
+    account: Annotated[str | None, typer.Option(help="Account that pays.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs of each node; default: training.devices.")] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="Cores of each process; default: from the workers.")] = None,
+    mem: Annotated[str | None, typer.Option(help="Memory of each node, e.g. 64G.")] = None,
+    parts: Annotated[int | None, typer.Option(min=1, help="compare: jobs that share the work of each stage.")] = None,
+    array_limit: Annotated[int | None, typer.Option(min=1, help="compare: most jobs at the same time.")] = None,
+    more: Annotated[
+        list[str] | None, typer.Option("--sbatch", help="Another option of sbatch, e.g. --constraint=a100; repeatable.")
+    ] = None,
+    setup: Annotated[
+        list[str] | None, typer.Option(help="Line of shell before medssl, e.g. 'module load cuda'; repeatable.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace scripts that exist.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a run as a job of Slurm that goes back into the queue before its time is over; a comparison as job arrays."""
+    from medssl.runs.slurm import Resources, write_job
+
+    resources = Resources(
+        time=time,
+        partition=partition,
+        account=account,
+        mem=mem,
+        gpus=gpus,
+        cpus=cpus,
+        array_limit=array_limit,
+        parts=parts,
+        more=tuple(more or ()),
+        setup=tuple(setup or ()),
+    )
+    result = write_job(config, out, resources, overrides=tuple(overrides or ()), submit=submit, force=force)
+    _show(result, as_json)
+
+
+@app.command()
 def embed(
     weights: Annotated[Path, typer.Argument(help="Run folder, or its weights folder.")],
     manifest: Annotated[Path, typer.Argument(help="manifest.csv: who is embedded.")],
@@ -384,6 +426,43 @@ def evaluate_seg(
     from medssl.runs.evaluate import evaluate_segmentation
 
     _show(evaluate_segmentation(predictions, manifest, out=out, split=splits, mapping=_mapping(mapping)), as_json)
+
+
+@evaluate.command("clusters")
+def evaluate_clusters(
+    run: Annotated[Path, typer.Argument(help="Folder of an iic_segmentation run, or its weights folder.")],
+    manifest: Annotated[Path | None, typer.Option("--manifest", help="Whose images; default: the run's.")] = None,
+    fit_splits: Annotated[
+        list[str] | None,
+        typer.Option("--fit-split", help="Where clusters are matched to classes; repeatable; default: the run's."),
+    ] = None,
+    splits: Annotated[list[str] | None, typer.Option("--split", help="What is scored; default: test.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the results; default: RUN/eval.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="The run's configuration, for weights outside a run folder.")
+    ] = None,
+    mapping: Map = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the views and intervals.")] = 0,
+    accelerator: Accelerator = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace results that are there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Score clusters of voxels: matched to labels of other people, over two views, and on a blank image."""
+    from medssl.runs.evaluate_clusters import evaluate_clusters as score
+
+    result = score(
+        run,
+        manifest=manifest,
+        out=out,
+        fit_splits=tuple(fit_splits or ()),
+        splits=tuple(splits or ("test",)),
+        config=config,
+        mapping=_mapping(mapping),
+        seed=seed,
+        accelerator=accelerator or "auto",
+        force=force,
+    )
+    _show(result, as_json)
 
 
 Source = Annotated[Path, typer.Argument(help="A table of embeddings or features, or a run folder (with --manifest).")]

@@ -196,3 +196,28 @@ def blank_check(clusters: npt.NDArray[Any]) -> BlankCheck:
         reach=int(other.max()) if other.size else 0,
         depth=int(depth.max()),
     )
+
+
+def miou_interval(
+    counts: Ints, matching: Ints, *, n_resamples: int = 1000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float] | None:
+    """Percentile interval of the mIoU over people, who are drawn with replacement.
+
+    Args:
+        counts: (people, k, n_classes), all voxels of a person added up.
+        matching: (k,), fixed.
+        n_resamples: Draws.
+        level: Share of draws inside.
+        seed: Of the draws.
+
+    Returns:
+        Low and high; None for fewer than two people.
+    """
+    if len(counts) < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=n_resamples)
+    sums = np.tensordot(draws, counts, axes=1)  # (resamples, k, n_classes)
+    values = [score_clusters(one, matching).miou for one in sums]
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
