@@ -338,7 +338,7 @@ def slurm(
     force: Annotated[bool, typer.Option("--force", help="Replace scripts that exist.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a run as a job of Slurm that goes back into the queue before its time is over; a comparison as job arrays."""
+    """Write a run as a job of Slurm that is queued again before its time is over; a comparison as job arrays."""
     from medssl.runs.slurm import Resources, write_job
 
     resources = Resources(
