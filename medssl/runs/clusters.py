@@ -28,6 +28,7 @@ LABELS: Final = "clusters.csv"
 LOG: Final = Path("logs") / "clusters.csv"
 ITEM_COLUMNS: Final = ("partition", "volume", "subject")
 """What an item is part of, beside the columns of the manifest."""
+DIGITS: Final = 6
 _MEASURES: Final = ("nmi", "ami", "ari", "n", "n_missing")
 
 
@@ -96,12 +97,19 @@ class ClusterLog:
 
     def _of_head(self, step: int, head: int, labels: Ints) -> list[dict[str, Any]]:
         balance, empty = cluster_balance(labels, self._k)
-        both = {"balance": balance, "empty": empty}
+        both = {"balance": round(balance, DIGITS), "empty": empty}
         if not self._columns:
             return [{"step": step, "head": head, "column": None, **dict.fromkeys(_MEASURES), **both}]
+        found = {name: asdict(cluster_quality(labels, values)) for name, values in self._columns.items()}
         return [
-            {"step": step, "head": head, "column": name, **asdict(cluster_quality(labels, values)), **both}
-            for name, values in self._columns.items()
+            {
+                "step": step,
+                "head": head,
+                "column": name,
+                **{key: round(value, DIGITS) for key, value in quality.items()},
+                **both,
+            }
+            for name, quality in found.items()
         ]
 
 
