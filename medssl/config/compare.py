@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, field_validator, model_validator
 
-from medssl.config.few_label import FewLabelProtocol, Stage, stage_shares, staged_training
+from medssl.config.few_label import FewLabelProtocol, Stage, stage_shares, stage_views, staged_training
 from medssl.config.models import (
     ArmConfig,
     FinetuneConfig,
@@ -215,16 +215,12 @@ class CompareConfig(RunConfig):
         if blocks is None and stage.method.needs().decoder and ENCODERS[network.name].decoder:
             blocks = len(network.widths) - 1
         shared = {name: getattr(self, name) for name in RunConfig.model_fields}
-        names = ("items", "views", "optimizer", "schedule")
+        names = ("items", "optimizer", "schedule")
         own = {name: getattr(stage, name) for name in names if getattr(stage, name) is not None}
-        return PretrainConfig(
-            **{**shared, **own, "seed": seed, "training": training},
-            model=ModelConfig(encoder=network, decoder_blocks=blocks),
-            method=stage.method,
-            debias=stage.debias,
-            sampler=stage.sampler or self.sampler,
-            weights=weights,
-        )
+        own |= {"seed": seed, "training": training, "views": stage_views(stage.views, self.views), "weights": weights}
+        own |= {"method": stage.method, "debias": stage.debias, "sampler": stage.sampler or self.sampler}
+        own["model"] = ModelConfig(encoder=network, decoder_blocks=blocks)
+        return PretrainConfig(**{**shared, **own})
 
     def finetuning(self, encoder: str, seeds: tuple[int, ...], weights: Mapping[str, Path | None]) -> FinetuneConfig:
         """The fine-tunings of some arms on one encoder, as if they were a grid of their own (few_label).

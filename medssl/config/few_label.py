@@ -33,7 +33,8 @@ class Stage(StrictModel):
     items: ItemsConfig | None = None
     """What an item is, such as slabs with partitions; null: the plan's."""
     views: ViewsConfig | None = None
-    """Augmented copies of each item; null: the plan's."""
+    """Augmented copies of each item; null: the plan's. With neither `preset` nor `augment` they are augmented (and
+    given artefacts) as the plan's are, so that `{n_views: 1}` is enough."""
     decoder_blocks: PositiveInt | None = None
     """Decoder blocks that are trained; null: all of them by a method that trains a decoder, else none."""
     optimizer: OptimizerConfig | None = None
@@ -97,6 +98,22 @@ class FewLabelProtocol(StrictModel):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: names a value twice")
         return self
+
+
+def stage_views(own: ViewsConfig | None, shared: ViewsConfig) -> ViewsConfig:
+    """A stage's views: its own, augmented as the plan's are where they do not say how.
+
+    Raises:
+        ValueError: The plan lists another number of policies than the stage has augmented views.
+    """
+    if own is None:
+        return shared
+    if own.preset is not None or own.augment is not None or (own.n_augmented == 0 and not own.crops):
+        return own
+    inherited = {name: getattr(shared, name) for name in ("preset", "augment")}
+    artefacts = own.artefacts or shared.artefacts
+    return ViewsConfig(**{**{name: getattr(own, name) for name in type(own).model_fields}, **inherited,
+                          "artefacts": artefacts})  # fmt: skip
 
 
 def stage_shares(stages: tuple[Stage, ...]) -> tuple[float, ...]:
