@@ -240,6 +240,12 @@ def _cautions(result: Mapping[str, Any]) -> list[str]:
                 f"{worst['reach']} of {worst['depth']} places from the border: part of its map does not come from the "
                 "image (try encoder vgg_2d or vgg_3d with padding: replicate)"
             )
+        view, person = one["invariance"]["kappa"], one["other_people"]["kappa"]
+        if person >= view > 0:
+            lines.append(
+                f"CAUTION: head {head}: a place has its cluster in another person's image as often as in another view of "
+                f"the same one (kappa {person:.3f}, {view:.3f}): clusters follow position, or what is alike in everybody"
+            )
         if one["used"] == 1:
             lines.append(f"CAUTION: head {head} uses one of its {one['k']} clusters")
         if one["miou"] <= result["one_class"]["miou"]:
