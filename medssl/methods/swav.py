@@ -7,7 +7,7 @@ import math
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 from torch import Tensor, nn
 
 from medssl.core.distributed import gather
@@ -53,6 +53,13 @@ class SwAVConfig(StrictModel):
     """Length of the compared vectors (Caron et al. 2020)."""
     head_norm: HeadNorm = "batch"
     """After the first layer of the head (Caron et al. 2020: batch)."""
+
+    @field_validator("assign_views")
+    @classmethod
+    def _distinct(cls, views: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(views)) < len(views):
+            raise ValueError(f"assign_views: a view is named twice: {list(views)}")
+        return views
 
     def needs(self) -> Needs:
         """The assigning views, and one more if there is only one."""

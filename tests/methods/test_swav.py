@@ -132,6 +132,8 @@ def test_more_prototypes_or_a_longer_queue_than_items_are_refused_and_few_rows_a
     assert "13 for 12 items" in str(error.value)
     with pytest.raises(ConfigError, match="queue_size is larger"):
         example(queue_size=13).build()
+    with pytest.raises(ValueError, match="named twice"):
+        SwAVConfig(assign_views=(1, 1))
     few, enough = example(n_prototypes=12, queue_size=5).build(), example(n_prototypes=12, queue_size=6).build()
     with caplog.at_level(logging.WARNING):
         for number in range(2):
