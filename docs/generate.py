@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from medssl.config import AgeSiteProtocol, ArmCombat, CompareArm, CompareConfig, FinetuneConfig, PretrainConfig
+from medssl.config.few_label import FewLabelProtocol, FinetuneSection, Stage
 from medssl.config.models import RunConfig
 from medssl.core.types import Needs
 from medssl.data.cohorts import COHORTS
@@ -268,7 +269,10 @@ def compare_sections() -> str:
     parts = {
         "arms`, each": CompareArm,
         "arms`, each: `combat`": ArmCombat,
+        "arms`, each: `stages`, each": Stage,
         "protocol`, name `age_site`": AgeSiteProtocol,
+        "protocol`, name `few_label`": FewLabelProtocol,
+        "protocol`, name `few_label`: `finetune`": FinetuneSection,
     }
     text = [f"### `{title}\n\n{_sentence(_summary(model))}\n\n{class_table(model)}" for title, model in parts.items()]
     return "\n\n".join([class_table(CompareConfig, only=own), *text])
