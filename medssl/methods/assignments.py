@@ -12,6 +12,7 @@ from medssl.core import distributed
 from medssl.core.errors import ConfigError, ShapeError, TrainingError
 from medssl.core.seeding import CLUSTERS, numpy_rng
 from medssl.core.types import EmbedAll, Ints, ItemTable
+from medssl.models.norm import SyncBatchNorm
 
 
 class Assignments(nn.Module):
@@ -116,3 +117,14 @@ def whole_set(embed_all: EmbedAll, assignments: Assignments) -> Tensor:
             fix="lower optimizer.learning_rate or set optimizer.clip_norm; check these items with `medssl data check`",
         )
     return h.to(assignments.labels.device)
+
+
+@torch.no_grad()
+def set_statistics(norm: nn.Module, rows: Tensor) -> None:
+    """Running statistics of a batch norm from the whole set (n, F); of anything else nothing.
+
+    They would otherwise lag behind, and know nothing at all before the first step.
+    """
+    if isinstance(norm, SyncBatchNorm) and len(rows) > 1:
+        norm.running_mean.copy_(distributed.from_first(rows.mean(0).to(norm.running_mean)))
+        norm.running_var.copy_(distributed.from_first(rows.var(0).to(norm.running_var)))

@@ -73,8 +73,8 @@ class DeepClusterConfig(StrictModel):
         return self
 
     def needs(self) -> Needs:
-        """One view or more of anything."""
-        return Needs(views=1, features=("h",) if self.form == "v1" else ("h", "z"))
+        """One view or more of anything, of any sizes."""
+        return Needs(views=1, features=("h",) if self.form == "v1" else ("h", "z"), multi_crop=True)
 
 
 class DeepCluster(Method):

@@ -14,8 +14,10 @@ from medssl.core.distributed import gather
 from medssl.core.schema import StrictModel
 from medssl.core.types import EmbedAll, Ints, ItemTable, LossOutput, Method, ModelParts, Needs, ViewBatch
 from medssl.losses import cluster_cross_entropy, sela_assignment
-from medssl.methods.assignments import Assignments, cluster_logs, whole_set
-from medssl.methods.entry import embed_views
+from medssl.methods.assignments import Assignments, cluster_logs, set_statistics, whole_set
+from medssl.methods.entry import embed_views, evaluated
+from medssl.models.heads import HeadNorm
+from medssl.models.norm import SyncBatchNorm
 
 
 class SeLaConfig(StrictModel):
@@ -37,9 +39,13 @@ class SeLaConfig(StrictModel):
     max_iterations: PositiveInt = 1000
     """Sinkhorn's iteration ends here at the latest (ours)."""
 
+    feature_norm: HeadNorm = "batch"
+    """Norm of h before the classifiers, over the batch of all processes. Networks of the paper end in batch norm; one
+    with group norm gives all items nearly the same h at first, and its classifiers learn slowly (none)."""
+
     def needs(self) -> Needs:
-        """One view or more of anything."""
-        return Needs(views=1, features=("h",))
+        """One view or more of anything, of any sizes."""
+        return Needs(views=1, features=("h",), multi_crop=True)
 
 
 class SeLa(Method):
@@ -79,6 +85,7 @@ class SeLa(Method):
         self.config = config
         self.encoder = parts.encoder
         self.classifiers = nn.Linear(parts.encoder.out_features, config.n_heads * config.n_clusters)
+        self.norm = SyncBatchNorm(parts.encoder.out_features) if config.feature_norm == "batch" else nn.Identity()
         self.assignments = Assignments(config.n_heads, config.n_clusters)
         self.seed = torch.initial_seed()
 
@@ -93,7 +100,7 @@ class SeLa(Method):
     def training_loss(self, batch: ViewBatch) -> LossOutput:
         """Cross-entropy of the labels over the items of every process."""
         _, h = embed_views(self.encoder, nn.Identity(), batch)  # (N, V, F)
-        logits = self._logits(h)
+        logits = self._logits(self.norm(h.flatten(0, 1)).unflatten(0, h.shape[:2]))
         labels = self.assignments.of(batch.items["row"])
         agrees = (logits.detach().argmax(3) == labels[:, None]).float().flatten(1).mean(1)
         loss, agrees, embedding = gather((cluster_cross_entropy(logits, labels), agrees, h[:, 0].detach()))
@@ -109,6 +116,7 @@ class SeLa(Method):
     def refresh(self, embed_all: EmbedAll) -> None:
         """Assign every item anew, head by head."""
         h = whole_set(embed_all, self.assignments)
+        set_statistics(self.norm, h)
         labels = [
             sela_assignment(
                 head, lamb=self.config.lamb, tolerance=self.config.tolerance, max_iterations=self.config.max_iterations
@@ -127,10 +135,11 @@ class SeLa(Method):
         return torch.stack([logits.argmax(1) for logits in self._by_head(h)])
 
     def _logits(self, h: Tensor) -> Tensor:
-        """(N, V, F) to (N, V, H, K)."""
+        """Normed (N, V, F) to (N, V, H, K)."""
         return self.classifiers(h).unflatten(2, (self.config.n_heads, self.config.n_clusters))
 
     def _by_head(self, h: Tensor) -> Iterator[Tensor]:
         """Logits (n, K), one head after the other: those of all at once may not fit."""
         weight, bias = (p.split(self.config.n_clusters) for p in (self.classifiers.weight, self.classifiers.bias))
-        return (F.linear(h.to(w), w, b) for w, b in zip(weight, bias, strict=True))
+        h = evaluated(self.norm, h.to(weight[0]))
+        return (F.linear(h, w, b) for w, b in zip(weight, bias, strict=True))

@@ -41,6 +41,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "vicreg": [HEAD, {"projection_dim": 4, "hidden_dim": 8, "variance_weight": 10.0, "covariance_weight": 2.0}],
     "moco": [
         {"queue_size": 8, "ema_decay": 0.9, **HEAD},
+        {"queue_size": 7, "norm": "batch", "ema_decay": 0.9, **HEAD},
         {"version": "v1", "queue_size": 12, "exclude_same_subject": False, "projection_dim": 8, "ema_decay": 0.9},
     ],
     "byol": [HEAD, {"ema_decay": 0.9, "projection_dim": 8, "hidden_dim": 32}],
@@ -100,10 +101,13 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"loss": "mse", "debias": {"name": "fair_kl", "on": "z", "weight": 0.1}, **HEAD},
     ],
     "models_genesis": [{}, {"shuffle_probability": 1.0, "shuffle_windows": 20, "inpaint_share": 1.0}],
-    "sela": [{"n_clusters": 3, "n_heads": 2}, {"n_clusters": 4, "n_heads": 1, "n_assignments": 10, "views": 2}],
+    "sela": [
+        {"n_clusters": 3, "n_heads": 2},
+        {"n_clusters": 4, "n_heads": 1, "n_assignments": 10, "feature_norm": "none", "views": 2},
+    ],
     "deepcluster": [
         {"n_clusters": 3, "refresh_epochs": 50.0},
-        {"n_clusters": 3, "refresh_epochs": 1.0, "form": "v2", "n_heads": 2, "views": 2, **HEAD},
+        {"n_clusters": 3, "refresh_epochs": 1.0, "form": "v2", "n_heads": 2, "views": 2, "crops": 1, **HEAD},
     ],
     "hierarchical_grouping": [
         {"hidden_dim": 8, "projection_dim": 6, "map_stride": 2, "n_positives": 4},
