@@ -243,8 +243,8 @@ def _cautions(result: Mapping[str, Any]) -> list[str]:
         view, person = one["invariance"]["kappa"], one["other_people"]["kappa"]
         if person >= view > 0:
             lines.append(
-                f"CAUTION: head {head}: a place has its cluster in another person's image as often as in another view of "
-                f"the same one (kappa {person:.3f}, {view:.3f}): clusters follow position, or what is alike in everybody"
+                f"CAUTION: head {head}: a place of another person's image has the same cluster as often as the place "
+                f"in another view (kappa {person:.3f}, {view:.3f}): clusters follow position, or what everybody shares"
             )
         if one["used"] == 1:
             lines.append(f"CAUTION: head {head} uses one of its {one['k']} clusters")

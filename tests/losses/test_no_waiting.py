@@ -16,6 +16,8 @@ from medssl.losses import (
     end,
     fair_kl,
     fairness,
+    iic,
+    iic_segmentation,
     l_exp,
     l_thr,
     label_kernel,
@@ -37,6 +39,7 @@ from medssl.losses import (
 )
 
 swav_module, sinkhorn_module = sys.modules[swav.__module__], sys.modules[sinkhorn_knopp.__module__]
+iic_module = sys.modules[iic.__module__]
 uniformity_module = sys.modules[decoupled_uniformity.__module__]  # its name is also that of a function
 
 LOSSES = {
@@ -51,6 +54,17 @@ LOSSES = {
     "sup_info_nce": lambda z, y, w: sup_info_nce(z, y) + sup_info_nce(z, y.float(), form="in"),
     "y_aware": lambda z, y, w: y_aware(z, w),
     "l_thr": lambda z, y, w: l_thr(z, w) + l_thr(z, w, normalizer="compared"),
+    "iic": lambda z, y, w: (
+        iic(z[:, 0], z[:, 1])
+        + sum(
+            iic_segmentation(
+                *z[..., None, None].expand(-1, -1, -1, 5, 5).unbind(1),
+                mask=w[:, :5, None].expand(-1, 5, 5),
+                max_displacement=reach,
+            )
+            for reach in (1, 3)
+        )
+    ),
     "l_exp": lambda z, y, w: l_exp(z, w) + l_exp(z, w, positive_in_denominator=True),
     "fair_kl": lambda z, y, w: sum(vars(fair_kl(z[:, 0], y, labels=y)).values()),
     "fair_kl weights": lambda z, y, w: sum(vars(fair_kl(z[:, 0], y.float(), weights=w)).values()),
@@ -66,6 +80,7 @@ def test_losses_never_wait_for_values(name, monkeypatch):
     for module in (
         contrastive,
         fairness,
+        iic_module,
         momentum,
         swav_module,
         sinkhorn_module,
