@@ -24,12 +24,13 @@ from medssl.runs.few_label_pretraining import (
 from medssl.runs.few_label_summary import ComparedFewLabel, summarise_few_label
 from medssl.runs.finetune import check_leaks, open_finetune, plan_draws
 from medssl.runs.folder import open_run, record_run, run_folder, tracked
-from medssl.runs.grid import Result, check_keys, finished, run_grid
+from medssl.runs.grid import Result, check_keys, check_stop, finished, run_grid
 from medssl.runs.leaks import LeakCheck
 from medssl.runs.parts import Part, PartDone
 from medssl.runs.tasks import task_run
 from medssl.runs.volumes import open_run_cohort
 from medssl.training.device import resolve_accelerator, resolve_precision
+from medssl.training.signals import StopFlag
 
 log = logging.getLogger(__name__)
 
@@ -67,19 +68,20 @@ def compare_few_label(
     with tracked(folder, "compare") if part is None else contextlib.nullcontext({}) as info:
         record_run(folder, config_text=text, manifest=chosen)
         failures: dict[Any, Exception] = {}
-        run_grid(wanted, runner, folder / "pretraining", keys=keys, jobs=config.jobs, failures=failures)
-        pretrained = _finished(folder / "pretraining", keys)
-        if part is not None and part.stage == "pretraining":
-            return PartDone(part, folder, len(wanted) - len(failures), _texts(failures))
-        weights = {cell: weights_of(folder / "pretraining", cell, result) for cell, result in pretrained.items()}
-        check_features(plan, weights)
-        leaks = check_weights_of(plan, weights)
-        tuner = FewLabelRunner(config, plan.cohort, plan.draws, weights, folder, allow_changed)
-        cells = plan.cells if part is None else part.of_cells(plan.cells)
-        ready = _ready(cells, tuner, part)
-        cell_keys = {cell: tuner.key(cell) for cell in ready}
-        check_keys(folder / "cells", cell_keys, allow_changed=allow_changed)
-        results = run_grid(ready, tuner, folder / "cells", keys=cell_keys, jobs=config.jobs, failures=failures)
+        with StopFlag() as stop:  # hears of a signal that comes with the last cell of a stage
+            run_grid(wanted, runner, folder / "pretraining", keys=keys, jobs=config.jobs, failures=failures)
+            check_stop(stop)
+            if part is not None and part.stage == "pretraining":
+                return PartDone(part, folder, len(wanted) - len(failures), _texts(failures))
+            pretrained = _finished(folder / "pretraining", keys)
+            weights = {cell: weights_of(folder / "pretraining", cell, result) for cell, result in pretrained.items()}
+            check_features(plan, weights)
+            leaks = check_weights_of(plan, weights)
+            tuner = FewLabelRunner(config, plan.cohort, plan.draws, weights, folder, allow_changed)
+            ready = _ready(plan.cells if part is None else part.of_cells(plan.cells), tuner, part)
+            cell_keys = {cell: tuner.key(cell) for cell in ready}
+            check_keys(folder / "cells", cell_keys, allow_changed=allow_changed)
+            results = run_grid(ready, tuner, folder / "cells", keys=cell_keys, jobs=config.jobs, failures=failures)
         if part is not None:
             return PartDone(part, folder, len(results), _texts(failures))
         done = summarise_few_label(plan, folder, pretrained, results, _texts(failures), leaks)

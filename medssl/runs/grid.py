@@ -158,7 +158,7 @@ def run_grid(
             return {cell: results[cell] for cell in cells if cell in results}
         said = _Said(len(waiting))
         for number, cell in enumerate(waiting):
-            _check_stop(stop)
+            check_stop(stop)
             said.line(number, f"begins {cell.name}")
             try:
                 results[cell] = _compute(run_cell, cell, folder / cell.name, keys[cell])
@@ -191,7 +191,12 @@ class _Said:
         log.info("%d of %d cells done, %s%s", done, self.total, what, left)
 
 
-def _check_stop(stop: StopFlag) -> None:
+def check_stop(stop: StopFlag) -> None:
+    """End the run where it was asked to stop.
+
+    Raises:
+        Interrupted: Resumable.
+    """
     if stop.raised is not None:
         raise Interrupted(
             f"stopped because of {stop.raised.name}; finished cells and saved states are kept",
@@ -231,7 +236,7 @@ def _in_parallel(
         try:
             while pending:
                 done, pending = wait(pending, timeout=_LOOK_S, return_when=FIRST_COMPLETED)
-                _check_stop(stop)
+                check_stop(stop)
                 for future in done:
                     cell = futures[future]
                     try:
