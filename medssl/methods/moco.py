@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from medssl.core.distributed import gather, rank, world_size
@@ -19,7 +19,7 @@ from medssl.core.types import ItemTable, LossOutput, Method, ModelParts, Needs, 
 from medssl.losses import queue_info_nce
 from medssl.losses.numerics import unit
 from medssl.methods.teacher import Teacher
-from medssl.models.heads import LinearHead, ProjectionHead
+from medssl.models.heads import HeadNorm, LinearHead, ProjectionHead
 from medssl.models.norm import SyncBatchNorm, norm_groups
 
 
@@ -46,8 +46,17 @@ class MoCoConfig(StrictModel):
     groups of the batch and keys in G groups of another order, the same on any number of processes that divides G."""
     hidden_dim: PositiveInt | None = None
     """Width of the hidden layer of v2; null: as many as the encoder gives (Chen et al. 2020)."""
+    norm: HeadNorm = "none"
+    """Norm after the hidden layer of v2: none (Chen et al. 2020), or batch (as MoCo v3, arXiv:2104.02057). Small
+    encoders without batch norms begin with nearly equal embeddings and may stay there without it."""
     projection_dim: PositiveInt = 128
     """Length of the compared vectors (He et al. 2020)."""
+
+    @model_validator(mode="after")
+    def _hidden_layer(self) -> MoCoConfig:
+        if self.version == "v1" and (self.hidden_dim is not None or self.norm != "none"):
+            raise ValueError("hidden_dim and norm belong to the hidden layer of the head, which version v1 has not")
+        return self
 
     def needs(self) -> Needs:
         """Two views of anything, and a queue that holds at least one batch."""
@@ -105,7 +114,7 @@ class MoCo(Method):
         if config.version == "v1":
             self.head: nn.Module = LinearHead(features, width)
         else:
-            self.head = ProjectionHead(features, config.hidden_dim or features, width)
+            self.head = ProjectionHead(features, config.hidden_dim or features, width, config.norm)
         self.temperature = config.temperature or {"v1": 0.07, "v2": 0.2}[config.version]
         self.teacher = Teacher(self.encoder, self.head)
         self.register_buffer("queue", unit(torch.randn(config.queue_size, width)))
