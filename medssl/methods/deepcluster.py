@@ -18,14 +18,15 @@ from medssl.core.seeding import CLUSTERS, derive_seed
 from medssl.core.types import EmbedAll, Ints, ItemTable, LossOutput, Method, ModelParts, Needs, ViewBatch
 from medssl.losses import cluster_cross_entropy, k_means
 from medssl.losses.numerics import unit
-from medssl.methods.assignments import Assignments, cluster_logs, whole_set
+from medssl.methods.assignments import Assignments, cluster_logs, set_statistics, whole_set
 from medssl.methods.entry import embed_views, evaluated
 from medssl.models.heads import HeadNorm, ProjectionHead
+from medssl.models.norm import SyncBatchNorm
 
 log = logging.getLogger(__name__)
 
 OF_FORM: Final = {
-    "v1": ("n_components",),
+    "v1": ("n_components", "feature_norm"),
     "v2": ("n_heads", "temperature", "hidden_dim", "projection_dim", "head_norm"),
 }
 """Settings that only one form has."""
@@ -51,6 +52,9 @@ class DeepClusterConfig(StrictModel):
     n_components: PositiveInt = 256
     """Of v1: dimensions left by the whitened PCA (Caron et al. 2018, section 3.3); as many as the set has, if fewer.
     Whitening makes all of them count alike, the noise of the last ones too: on small sets a few are enough."""
+    feature_norm: HeadNorm = "batch"
+    """Of v1: norm of h before the classifier, over the batch of all processes. Networks of the paper end in batch norm;
+    under one with group norm a classifier that begins near 0 learns nothing before it is drawn anew (none)."""
     n_heads: PositiveInt = 3
     """Of v2: k-means clusterings from different starts (Caron et al. 2020, appendix D)."""
     temperature: PositiveFloat = 0.1
@@ -129,6 +133,7 @@ class DeepCluster(Method):
         self.seed = torch.initial_seed()
         self.register_buffer("refreshes", torch.zeros((), dtype=torch.int64))
         if config.form == "v1":
+            self.norm = SyncBatchNorm(features) if config.feature_norm == "batch" else nn.Identity()
             self.classifier = nn.Linear(features, config.n_clusters)
         else:
             self.head = ProjectionHead(features, config.hidden_dim or features, config.projection_dim, config.head_norm)
@@ -150,10 +155,11 @@ class DeepCluster(Method):
         if self.head is None:
             _, watched = embed_views(self.encoder, nn.Identity(), batch)  # (N, V, F)
             features, temperature = {"h": watched[:, 0]}, 1.0
+            compared = self.norm(watched.flatten(0, 1)).unflatten(0, watched.shape[:2])
         else:
             h, watched = embed_views(self.encoder, self.head, batch)  # (N, V, D)
-            features, temperature = {"h": h, "z": watched[:, 0]}, self.config.temperature
-        logits = self._logits(watched)
+            features, temperature, compared = {"h": h, "z": watched[:, 0]}, self.config.temperature, watched
+        logits = self._logits(compared)
         labels = self.assignments.of(batch.items["row"])
         agrees = (logits.detach().argmax(3) == labels[:, None]).float().flatten(1).mean(1)
         own = cluster_cross_entropy(logits, labels, temperature=temperature)
@@ -183,6 +189,7 @@ class DeepCluster(Method):
         ]
         self.assignments.store(torch.stack([labels for labels, _ in found]))
         if self.head is None:
+            set_statistics(self.norm, h)
             self._draw_classifier(derive_seed(self.seed, CLUSTERS, moment, self.n_heads))
         else:
             self.prototypes.copy_(distributed.from_first(torch.stack([centroids for _, centroids in found])))
@@ -199,8 +206,8 @@ class DeepCluster(Method):
     def assign(self, h: Tensor) -> Tensor:
         """The cluster (T, n) that is predicted for encoder outputs (n, F)."""
         like = self.classifier.weight if self.head is None else self.prototypes
-        h = h.to(like)
-        return self._logits((h if self.head is None else evaluated(self.head, h))[:, None]).argmax(3)[:, 0].T
+        rows = evaluated(self.norm if self.head is None else self.head, h.to(like))
+        return self._logits(rows[:, None]).argmax(3)[:, 0].T
 
     def _logits(self, x: Tensor) -> Tensor:
         """(N, V, F) or (N, V, D) to (N, V, T, K), before the temperature."""
