@@ -12,6 +12,7 @@ from medssl.losses import global_contrastive, local_contrastive, nearest_negativ
 from medssl.methods import METHODS, TASKS
 from medssl.models import ENCODERS, build_decoder, build_encoder
 from medssl.training import BatchSource, source
+from medssl.transforms import genesis
 from medssl.transforms.augment import Affine, AugmentConfig, BiasField, Blur, Contrast, CropResize, Flip, Gamma
 from medssl.transforms.resampling import resample_labels
 from medssl.transforms.views import ViewsConfig
@@ -44,6 +45,7 @@ class NoWait(TorchDispatchMode):
 def no_wait(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())  # there is none for meta tensors
     monkeypatch.setattr(source._Raw, "pinned", lambda raw, device: raw)
+    monkeypatch.setattr(genesis, "_uniform", lambda shape, dtype, device, seed: torch.empty(shape, device=device))
     return NoWait()
 
 
@@ -79,6 +81,7 @@ CASES = {
     "gcl": {"strategy": "gd"},
     "lcl": {"strategy": "ld", "regions": "random", "freeze_encoder": False},
     "segmentation": {"n_classes": 3, "mixup": {}},
+    "models_genesis": {"shuffle_windows": 40},
 }
 
 
@@ -89,6 +92,7 @@ def test_the_loss_of_a_method_does_not_wait(no_wait, name):
     encoder = build_encoder(ENCODERS["unet2d"].config(widths=(4, 4, 4), norm="batch"), (1, 32, 32))
     parts = ModelParts(encoder, build_decoder(encoder) if config.needs().decoder else None, (1, 32, 32))
     method = entry.build(config, parts).to("meta")
+    method._looked = True  # models_genesis looks at its first batch
     codes = torch.arange(6)
     names = ("row", "subject", "volume", "partition", "position", "slot")
     batch = ViewBatch(
