@@ -177,7 +177,7 @@ class HierarchicalGrouping(Method):
         )
         logs = {
             "skipped_items": (~is_anchor.any(1)).sum().float(),
-            "chance_loss": loss.new_tensor(math.log1p(config.n_negatives)),
+            "chance_loss": torch.full((), math.log1p(config.n_negatives), device=loss.device),
         }
         return LossOutput(loss, logs=logs, embedding=pixels[:, :, 0].detach().flatten(0, 1))
 
