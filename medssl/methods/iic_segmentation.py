@@ -88,9 +88,10 @@ class IICSegmentation(Method):
 
     Leave it when:
         The structure of interest is a small part of the volume: clusters of similar size then split the background.
-        Clusters follow intensity and position before anatomy. A deep network with padding and skip connections can
-        lower the loss with a map that is the same for every image; look at the blank-image check, and prefer the vgg
-        encoders.
+        Clusters follow intensity and position before anatomy, and a network that is padded with zeros can tell position
+        from the border alone: after short trainings on hippocampus crops, a U-Net and a VGG split a blank image in half,
+        the same VGG with `padding: replicate` not at all, and none of them found the hippocampus. Look at the
+        blank-image check before anything else.
 
     Raises:
         ConfigError: No decoder where its map is to be clustered, or a map that does not cover the image evenly.
