@@ -255,8 +255,8 @@ def draw_pixels(regions: Tensor, heights: Tensor, uniforms: Tensor, config: Hier
     anchor = _at(in_order, starts.gather(1, region) + place)
 
     distance = heights.double().gather(1, region[..., None].expand(-1, -1, n_regions))  # (N, A, R)
-    itself = F.one_hot(region, n_regions)
-    available = (counts[:, None] - itself).clamp(min=0)
+    itself = region[..., None] == torch.arange(n_regions, device=region.device)
+    available = (counts[:, None] - itself.long()).clamp(min=0)
     attract = (-distance / config.sigma_positive).exp() * available
     repel = -torch.expm1(-distance / config.sigma_negative) * available
     which_positive, which_negative = u_which.split([config.n_positives, config.n_negatives], dim=2)

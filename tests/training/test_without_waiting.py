@@ -82,6 +82,7 @@ CASES = {
     "lcl": {"strategy": "ld", "regions": "random", "freeze_encoder": False},
     "segmentation": {"n_classes": 3, "mixup": {}},
     "models_genesis": {"shuffle_windows": 40},
+    "hierarchical_grouping": {"hidden_dim": 4},
 }
 
 
@@ -97,7 +98,7 @@ def test_the_loss_of_a_method_does_not_wait(no_wait, name):
     names = ("row", "subject", "volume", "partition", "position", "slot")
     batch = ViewBatch(
         tuple(torch.zeros(6, 1, 32, 32) for _ in range(3)), (None,) * 3, dict.fromkeys(names, codes),
-        {"label_map": torch.zeros(6, 32, 32, dtype=torch.int64)},
+        {"label_map": torch.zeros(6, 32, 32, dtype=torch.int64), "region_heights": torch.zeros(6, 1600)},
     ).to("meta")  # fmt: skip
     with no_wait:
         loss = method.training_loss(batch).loss
