@@ -145,7 +145,8 @@ def test_how_often_what_happens():
         (drawn.windows[:, 0, 1].any(dim=1), 0.5), (drawn.curved, 0.9), (drawn.painted, 0.9), (drawn.inside, 0.2),
         (falls, 0.5), (boxes[~drawn.inside] == 5, 0.95**4), (boxes[drawn.inside] == 0, 0.05),
     ):  # fmt: skip
-        assert float(share.float().mean()) == pytest.approx(expected, abs=4 * 0.5 / math.sqrt(len(share)))
+        deviation = math.sqrt(expected * (1 - expected) / len(share))
+        assert float(share.float().mean()) == pytest.approx(expected, abs=4 * deviation)
 
 
 def test_a_slice_is_covered_by_windows_about_as_often_as_a_volume():
@@ -178,13 +179,17 @@ def test_an_item_is_deformed_the_same_in_any_batch_and_any_group_and_stays_as_it
     assert torch.equal(deform(images, draw(DeformationConfig(**NEVER), spatial, seed=3, step=2, slots=range(6))), kept)
 
 
-def test_switching_one_deformation_off_leaves_the_others_as_they_were():
+def test_draws_depend_on_seed_step_and_place_and_not_on_what_is_switched_off():
     spatial, slots = (16, 16, 16), range(8)
     everything = draw(DeformationConfig(shuffle_windows=5), spatial, seed=1, step=1, slots=slots)
     unshuffled = draw(DeformationConfig(shuffle_windows=5, shuffle_probability=0), spatial, seed=1, step=1, slots=slots)
     for name in ("curved", "curve", "painted", "inside", "boxes", "seeds"):
         assert torch.equal(getattr(everything, name), getattr(unshuffled, name))
     assert not unshuffled.windows.any()
+    for change in ({"step": 2}, {"seed": 2}, {"slots": range(8, 16)}):
+        other = draw(DeformationConfig(shuffle_windows=5), spatial, **{"seed": 1, "step": 1, "slots": slots, **change})
+        for name in ("curve", "boxes", "seeds"):
+            assert not torch.equal(getattr(everything, name), getattr(other, name))
 
 
 def test_deformations_of_other_images_are_refused():
