@@ -27,7 +27,7 @@ class BYOLConfig(StrictModel):
     """Width between the two layers of projector and predictor (Grill et al. 2020)."""
     projection_dim: PositiveInt = 256
     """Length of the compared vectors (Grill et al. 2020)."""
-    norm: HeadNorm = "batch"
+    head_norm: HeadNorm = "batch"
     """Norm in projector and predictor: batch (Grill et al. 2020), or none, with which small batches often collapse."""
 
     def needs(self) -> Needs:
@@ -64,8 +64,8 @@ class BYOL(Method):
         self.config = config
         self.encoder = parts.encoder
         hidden, width = config.hidden_dim, config.projection_dim
-        self.head = ProjectionHead(parts.encoder.out_features, hidden, width, config.norm, bias=False)
-        self.predictor = ProjectionHead(width, hidden, width, config.norm, bias=False)
+        self.head = ProjectionHead(parts.encoder.out_features, hidden, width, config.head_norm, bias=False)
+        self.predictor = ProjectionHead(width, hidden, width, config.head_norm, bias=False)
         self.teacher = Teacher(self.encoder, self.head)
 
     def training_loss(self, batch: ViewBatch) -> LossOutput:

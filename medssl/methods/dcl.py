@@ -11,7 +11,7 @@ from medssl.core.schema import StrictModel
 from medssl.core.types import LossOutput, Method, ModelParts, Needs, ViewBatch
 from medssl.losses import decoupled_contrastive
 from medssl.methods.entry import embed_views
-from medssl.models.heads import ProjectionHead
+from medssl.models.heads import HeadNorm, ProjectionHead
 
 
 class DCLConfig(StrictModel):
@@ -26,6 +26,9 @@ class DCLConfig(StrictModel):
     """Width between the two layers of the head; null: as many as the encoder gives (as SimCLR)."""
     projection_dim: PositiveInt = 128
     """Length of the compared vectors (as SimCLR)."""
+    head_norm: HeadNorm = "none"
+    """Between the layers of the head: none, or batch. An encoder with group norm
+    gives all items nearly one direction at first, from which a small training may not find away without it."""
 
     def needs(self) -> Needs:
         """Two views of anything; one item alone has nothing to repel."""
@@ -60,7 +63,7 @@ class DCL(Method):
         self.config = config
         self.encoder = parts.encoder
         features = parts.encoder.out_features
-        self.head = ProjectionHead(features, config.hidden_dim or features, config.projection_dim)
+        self.head = ProjectionHead(features, config.hidden_dim or features, config.projection_dim, config.head_norm)
 
     def training_loss(self, batch: ViewBatch) -> LossOutput:
         """Decoupled contrast over the items of every process."""

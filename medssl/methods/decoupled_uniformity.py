@@ -18,7 +18,7 @@ from medssl.data.weak_labels import LabelUse
 from medssl.losses import decoupled_uniformity
 from medssl.methods.entry import embed_views
 from medssl.methods.kernels import KernelConfig, table_kernel
-from medssl.models.heads import ProjectionHead
+from medssl.models.heads import HeadNorm, ProjectionHead
 
 PRIOR: Final = "prior"
 """Name under which the rows of a prior table are joined to the items' labels."""
@@ -69,6 +69,9 @@ class DecoupledUniformityConfig(StrictModel):
     """Width between the two layers of the head; null: as many as the encoder gives."""
     projection_dim: PositiveInt = 256
     """Length of the compared vectors (Dufumier et al. 2023)."""
+    head_norm: HeadNorm = "none"
+    """Between the layers of the head: none, or batch. An encoder with group norm gives all items nearly one direction
+    at first, from which a small training may not find away without it."""
 
     def needs(self) -> Needs:
         """One view or more of anything, and what the prior needs; one view aligns nothing."""
@@ -85,10 +88,36 @@ class DecoupledUniformityConfig(StrictModel):
 
 
 class DecoupledUniformity(Method):
-    """Dufumier et al. 2023, "Integrating Prior Knowledge in Contrastive Learning with Kernel" (arXiv:2206.01646).
+    r"""Dufumier et al. 2023, "Integrating Prior Knowledge in Contrastive Learning with Kernel" (arXiv:2206.01646).
 
-    A prior table comes as ``batch.labels["prior"]``, float (N, P). The median distance, where it is the width of the
-    kernel, is a buffer, so that a resumed run has the one that it began with.
+    The centroids of each item's views spread over the sphere; averaging the views is what aligns them. A prior says
+    which people shall share their centroids: a kernel of columns (`prior.attributes`), or the rows of any table of
+    embeddings (`prior.table`). There are no positive pairs and no temperature.
+
+    Formula:
+        $$ \mathcal{L} = \log \frac{1}{N(N-1)} \sum_{i \ne j} e^{-t \Vert m_i - m_j \Vert^2}, \qquad
+        m \leftarrow (K + \lambda 1)^{-1} K m $$
+        N items, $m_i$ the mean of the projections, of length 1, of the views of item i; K the kernel of the priors
+        (without a prior m stays as it is), $\lambda$ the regularization.
+
+    Use it when:
+        You have a prior that you trust more than the augmentations: weak labels, or the code of a `vae`.
+
+    Leave it when:
+        The prior holds what you want to be free of: the code of an autoencoder follows what varies most, which may be
+        the scanner. The width of its kernel is a choice: null takes the median distance between people, which is a
+        start.
+
+    Needs at least two views to align anything (one is allowed). A table is joined by its column `case`, else by
+    `subject`; every person that is trained on must be in it, others need not. A table whose network was trained on test
+    people is refused. A prior table comes as ``batch.labels["prior"]``, float (N, P). The median distance, where it is
+    the width of the kernel, is a buffer, so that a resumed run has the one that it began with.
+
+    With the code of a `vae` as the prior:
+
+        medssl pretrain vae.yaml
+        medssl embed runs/vae manifest.csv --layer z -o prior.parquet
+        medssl pretrain guided.yaml --set method.prior.table=prior.parquet
     """
 
     sigma: Tensor
@@ -98,7 +127,7 @@ class DecoupledUniformity(Method):
         self.config = config
         self.encoder = parts.encoder
         features = parts.encoder.out_features
-        self.head = ProjectionHead(features, config.hidden_dim or features, config.projection_dim)
+        self.head = ProjectionHead(features, config.hidden_dim or features, config.projection_dim, config.head_norm)
         if self._has_width:
             prior = config.prior
             assert prior is not None

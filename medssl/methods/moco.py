@@ -46,7 +46,7 @@ class MoCoConfig(StrictModel):
     groups of the batch and keys in G groups of another order, the same on any number of processes that divides G."""
     hidden_dim: PositiveInt | None = None
     """Width of the hidden layer of v2; null: as many as the encoder gives (Chen et al. 2020)."""
-    norm: HeadNorm = "none"
+    head_norm: HeadNorm = "none"
     """Norm after the hidden layer of v2: none (Chen et al. 2020), or batch (as MoCo v3, arXiv:2104.02057). Small
     encoders without batch norms begin with nearly equal embeddings and may stay there without it."""
     projection_dim: PositiveInt = 128
@@ -54,8 +54,10 @@ class MoCoConfig(StrictModel):
 
     @model_validator(mode="after")
     def _hidden_layer(self) -> MoCoConfig:
-        if self.version == "v1" and (self.hidden_dim is not None or self.norm != "none"):
-            raise ValueError("hidden_dim and norm belong to the hidden layer of the head, which version v1 has not")
+        if self.version == "v1" and (self.hidden_dim is not None or self.head_norm != "none"):
+            raise ValueError(
+                "hidden_dim and head_norm belong to the hidden layer of the head, which version v1 has not"
+            )
         return self
 
     def needs(self) -> Needs:
@@ -114,7 +116,7 @@ class MoCo(Method):
         if config.version == "v1":
             self.head: nn.Module = LinearHead(features, width)
         else:
-            self.head = ProjectionHead(features, config.hidden_dim or features, width, config.norm)
+            self.head = ProjectionHead(features, config.hidden_dim or features, width, config.head_norm)
         self.temperature = config.temperature or {"v1": 0.07, "v2": 0.2}[config.version]
         self.teacher = Teacher(self.encoder, self.head)
         self.register_buffer("queue", unit(torch.randn(config.queue_size, width)))

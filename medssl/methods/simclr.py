@@ -11,7 +11,7 @@ from medssl.core.schema import StrictModel
 from medssl.core.types import LossOutput, Method, ModelParts, Needs, ViewBatch
 from medssl.losses import nt_xent
 from medssl.methods.entry import embed_views
-from medssl.models.heads import ProjectionHead
+from medssl.models.heads import HeadNorm, ProjectionHead
 
 
 class SimCLRConfig(StrictModel):
@@ -24,6 +24,9 @@ class SimCLRConfig(StrictModel):
     """Width between the two layers of the head; null: as many as the encoder gives (the paper)."""
     projection_dim: PositiveInt = 128
     """Length of the compared vectors (Chen et al. 2020, section 2.1)."""
+    head_norm: HeadNorm = "none"
+    """Between the layers of the head: none (the formula), or batch (the authors' program). An encoder with group norm
+    gives all items nearly one direction at first, from which a small training may not find away without it."""
 
     def needs(self) -> Needs:
         """Two views of anything."""
@@ -31,14 +34,35 @@ class SimCLRConfig(StrictModel):
 
 
 class SimCLR(Method):
-    """Chen et al. 2020, "A Simple Framework for Contrastive Learning" (arXiv:2002.05709)."""
+    r"""Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations" (arXiv:2002.05709).
+
+    Two augmented views of an item attract, all other items of the batch repel. It knows nothing of volumes or anatomy
+    and is the plain baseline that a more special method has to beat. The encoder's averaged output is trained; a
+    decoder starts from random weights.
+
+    Formula:
+        $$ \mathcal{L} = \frac{1}{2N} \sum_{a=1}^{2N} \Big[ \log \sum_{k \ne a} e^{u_a \cdot u_k / \tau}
+        - u_a \cdot u_{p(a)} / \tau \Big] $$
+        N items, 2N views; $u_a$ the projection of view a, of length 1; p(a) the other view of its item; $\tau$ the
+        temperature.
+
+    Use it when:
+        You have whole volumes or slabs of many people, and as the baseline of every comparison. Intensity augmentation
+        (`bias_field`, `gamma`, `contrast`) matters more than in photographs: without it the site is the easiest way to
+        tell items apart.
+
+    Leave it when:
+        Items are slices: neighbouring slices of a volume look alike, and the same slice of two people shows the same
+        anatomy, yet all of them repel. MRI batches are small, so that negatives are few: moco keeps more, byol, vicreg
+        and swav need none.
+    """
 
     def __init__(self, config: SimCLRConfig, parts: ModelParts) -> None:
         super().__init__()
         self.config = config
         self.encoder = parts.encoder
         features = parts.encoder.out_features
-        self.head = ProjectionHead(features, config.hidden_dim or features, config.projection_dim)
+        self.head = ProjectionHead(features, config.hidden_dim or features, config.projection_dim, config.head_norm)
 
     def training_loss(self, batch: ViewBatch) -> LossOutput:
         """NT-Xent over the items of every process."""

@@ -34,14 +34,14 @@ BY_AGE = {"attributes": {"age": {"sigma": 5.0}}}
 # regulariser that it carries. What is defined for rows of a table is covered there with its later settings, which costs
 # next to nothing.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "simclr": [{}, {"debias": {"name": "end", "on": "z", "target": {"column": "diagnosis"}}}],
+    "simclr": [{}, {"head_norm": "batch", "debias": {"name": "end", "on": "z", "target": {"column": "diagnosis"}}}],
     "dcl": [{}, {"weight_sigma": 0.5, "temperature": 0.07, **HEAD}],
     "align_uniform": [{}, {"alpha": 1.0, "t": 3.0, "uniform_weight": 2.0, **HEAD}],
     "barlow_twins": [HEAD, {"hidden_dim": 8, "projection_dim": 4, "redundancy_weight": 0.1}],
     "vicreg": [HEAD, {"projection_dim": 4, "hidden_dim": 8, "variance_weight": 10.0, "covariance_weight": 2.0}],
     "moco": [
         {"queue_size": 8, "ema_decay": 0.9, **HEAD},
-        {"queue_size": 7, "norm": "batch", "ema_decay": 0.9, **HEAD},
+        {"queue_size": 7, "head_norm": "batch", "ema_decay": 0.9, **HEAD},
         {"version": "v1", "queue_size": 12, "exclude_same_subject": False, "projection_dim": 8, "ema_decay": 0.9},
     ],
     "byol": [HEAD, {"ema_decay": 0.9, "projection_dim": 8, "hidden_dim": 32}],

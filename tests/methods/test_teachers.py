@@ -126,7 +126,7 @@ def test_versions_differ_in_head_and_temperature():
     assert sum(isinstance(part, nn.Linear) for part in v1.head.modules()) == 1
     assert sum(isinstance(part, nn.Linear) for part in v2.head.modules()) == 2
     with pytest.raises(ValueError, match="which version v1 has not"):
-        METHODS["moco"].config(version="v1", norm="batch")
+        METHODS["moco"].config(version="v1", head_norm="batch")
     assert example(temperature=0.5).build().temperature == 0.5
 
 
