@@ -88,9 +88,9 @@ class IICSegmentation(Method):
 
     Leave it when:
         The structure of interest is a small part of the volume: clusters of similar size then split the background.
-        Clusters follow intensity and position before anatomy, and a network that is padded with zeros can tell position
-        from the border alone: after short trainings on hippocampus crops, a U-Net and a VGG split a blank image in half,
-        the same VGG with `padding: replicate` not at all, and none of them found the hippocampus. Look at the
+        Clusters follow intensity and position before anatomy, and a network that is padded with zeros tells position
+        from the border alone: after short trainings on hippocampus crops, a U-Net and a VGG split a blank image in
+        half, the same VGG with `padding: replicate` not at all, and none of them found the hippocampus. Look at the
         blank-image check before anything else.
 
     Raises:

@@ -118,8 +118,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"latent_dim": 4, "beta": 4.0, "debias": {"name": "end", "on": "z", "target": {"column": "diagnosis"}}},
     ],
     "iic_segmentation": [
-        {"k_over": 5},
-        {"on": "encoder", "alternate_steps": None, "max_displacement": 0, "k_main": 2, "k_over": 4},
+        {"k_over": 5, "max_displacement": 0},
+        {"on": "encoder", "alternate_steps": None, "k_main": 2, "k_over": 4},
         {"on": "encoder", "alternate_steps": 2, "collapsed": True, "lamb_main": 1.0},
     ],
     "segmentation": [
