@@ -68,7 +68,7 @@ def columns() -> dict[str, torch.Tensor]:
 
 def labels(row: torch.Tensor, dense: tuple[int, ...] = SHAPE[1:]) -> dict[str, torch.Tensor]:
     """Of every kind that a method may ask for."""
-    grid = torch.arange(dense[0]) * N_REGIONS // dense[0]
+    grid = torch.arange(dense[0]) * N_REGIONS // dense[0] + 1
     regions = grid[:, None, None].expand(dense).expand(len(row), *dense)
     heights = (torch.arange(N_REGIONS)[:, None] - torch.arange(N_REGIONS)).abs().float().flatten()
     return {
@@ -77,7 +77,6 @@ def labels(row: torch.Tensor, dense: tuple[int, ...] = SHAPE[1:]) -> dict[str, t
         "diagnosis": row % 3,
         "sex": row % 2,
         "label_map": regions.clone(),
-        "region_map": regions.clone(),
         "region_heights": heights.expand(len(row), -1).clone(),
     }
 
@@ -95,7 +94,8 @@ def make_batch(needs: Needs, n: int) -> ViewBatch:
     views = tuple(torch.rand(n, *SHAPE, generator=generator) for _ in range(needs.views))
     items = {name: value[:n] for name, value in columns().items()} | {"slot": torch.arange(n)}
     known = labels(items["row"])
-    wanted = {*needs.labels, *(["region_heights"] if "region_map" in needs.labels else [])}
+    # A run hands maps of regions out as label maps.
+    wanted = needs.labels if "region_map" not in needs.labels else ("label_map", "region_heights")
     return ViewBatch(views, (None,) * len(views), items, {name: known[name] for name in wanted})
 
 
