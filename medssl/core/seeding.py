@@ -21,10 +21,10 @@ BOOTSTRAP: Final = 8
 COHORT: Final = 9
 MASK: Final = 10
 LATENT: Final = 11
-PIXELS: Final = 16
 SHUFFLE: Final = 12
-CLUSTERS: Final = 12
 DEFORMATION: Final = 13
+CLUSTERS: Final = 14
+PIXELS: Final = 15
 
 
 def numpy_rng(*keys: int) -> np.random.Generator:
