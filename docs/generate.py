@@ -1,13 +1,17 @@
-"""Write the generated parts of the pages in this folder: `python docs/generate.py`.
+"""Write the generated parts of the pages in this folder, and a page of each method: `python docs/generate.py`.
 
 A generated part lies between `<!-- generated: NAME -->` and `<!-- end of generated part -->`. Everything in it comes
 from the package: keys, defaults and limits from the configuration classes, meanings from the text under each field,
-names and sources from the tables of methods, encoders, samplers, cohorts and check codes.
+names and sources from the tables of methods, encoders, samplers, cohorts and check codes. The pages in `methods/` are
+generated as a whole: texts from the docstring of each method, recipes from `configs/`, results from
+`results/comparison.csv`.
 """
 
 from __future__ import annotations
 
 import ast
+import csv
+import functools
 import inspect
 import re
 import textwrap
@@ -17,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any, Final, Literal
 
+import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -26,13 +31,14 @@ from medssl.config.models import RunConfig
 from medssl.core.types import Needs
 from medssl.data.cohorts import COHORTS
 from medssl.data.integrity import CODES
+from medssl.data.regions import REGION_MAP, RegionsConfig
 from medssl.methods import METHODS, TASKS, EnDConfig, FairKLConfig, TargetConfig
 from medssl.methods.decoupled_uniformity import PriorConfig
 from medssl.methods.kernels import AttributeKernel, KernelConfig
 from medssl.methods.targets import LastBlocks
 from medssl.models import ENCODERS
 from medssl.samplers import SAMPLERS
-from medssl.transforms.augment_config import AugmentConfig
+from medssl.transforms.augment_config import AugmentConfig, CropSet
 from medssl.transforms.views import PRESETS, Artefact
 
 FOLDER: Final = Path(__file__).parent
@@ -225,6 +231,7 @@ def pretrain_sections() -> str:
         "method.kernel": KernelConfig,
         "method.kernel.attributes`, each: `COLUMN": AttributeKernel,
         "method.prior": PriorConfig,
+        "method.regions": RegionsConfig,
         "debias`, name `fair_kl": FairKLConfig,
         "debias`, name `end": EnDConfig,
         "debias.target": TargetConfig,
@@ -310,6 +317,7 @@ def augment() -> str:
             continue
         text.append(f"### `augment.{name}`\n\n{_summary(inner[0])}\n\n{class_table(inner[0])}")
     text.append(f"### `augment`, other keys\n\n{class_table(AugmentConfig, only=others)}")
+    text.append(f"### `crops`, each\n\n{_summary(CropSet)}\n\n{class_table(CropSet)}")
     text.append(f"### `artefacts`, each\n\n{_summary(Artefact)}\n\n{class_table(Artefact)}")
     rows = [(f"`{name}`", _policy(policy)) for name, policy in PRESETS.items()]
     return "\n\n".join([*text, f"### Presets\n\n{table(('preset', 'policy'), rows)}"])
@@ -349,7 +357,9 @@ def methods() -> str:
     rows = []
     for name, entry in METHODS.items():
         needs = entry.config().needs()
-        rows.append((f"[`{name}`](#{name})", entry.summary, entry.source, _needs(needs), ", ".join(needs.trains)))
+        rows.append(
+            (f"[`{name}`](methods/{name}.md)", entry.summary, entry.source, _needs(needs), ", ".join(needs.trains))
+        )
     return table(("name", "what it does", "source", "needs (default settings)", "trains"), rows)
 
 
@@ -362,14 +372,123 @@ def _needs(needs: Needs) -> str:
     words.append("sampler " + (" or ".join(f"`{one}`" for one in sorted(needs.samplers)) or "any"))
     words += ["partitions"] if needs.partitions else []
     words += ["decoder blocks"] if needs.decoder else []
-    words += [f"column {' and '.join(f'`{one}`' for one in needs.labels)}"] if needs.labels else []
+    columns = [f"`{one}`" for one in needs.labels if one != REGION_MAP]
+    words += [f"column {' and '.join(columns)}"] if columns else []
+    words += ["regions, which the run finds"] if REGION_MAP in needs.labels else []
     words.append(", ".join(f"{dims}D" if dims else "tables" for dims in sorted(needs.spatial_dims)))
     return "; ".join(words)
 
 
-def method_defaults(name: str) -> Callable[[], str]:
-    """The settings of one method."""
-    return lambda: class_table(METHODS[name].config)
+# -- a page of each method --------------------------------------------------------------------------------------------
+
+SECTIONS: Final = {"Formula": "Formula", "Use it when": "Use it when", "Leave it when": "Leave it when"}
+NOT_SHOWN: Final = ("Attributes", "Raises")
+HEADING: Final = re.compile(r"([A-Z][a-z ]+):")
+
+
+def docstring_parts(method: type) -> dict[str, str]:
+    """The docstring of a method by part: `source`, `what`, the names of ``SECTIONS``, and `notes`.
+
+    The first paragraph is the source; a line `Name:` by itself begins a part, whose lines are indented; what stands
+    before the first of them says what the method is, and what comes after without indentation is a note.
+    """
+    source, _, rest = inspect.cleandoc(method.__doc__ or "").partition("\n\n")
+    parts = {"source": [source], "what": [], "notes": []}
+    into = "what"
+    for line in rest.splitlines():
+        begins = HEADING.fullmatch(line)
+        if begins and begins[1] in (*SECTIONS, *NOT_SHOWN):
+            into = begins[1]
+            parts[into] = []
+        else:
+            if line and not line.startswith(" ") and into != "what":
+                into = "notes"
+            parts[into].append(line)
+    return {name: textwrap.dedent("\n".join(lines)).strip().replace("``", "`") for name, lines in parts.items()}
+
+
+def _formulas(text: str) -> str:
+    """Each formula as a paragraph of its own, as GitHub wants it."""
+    apart = re.sub(r"\s*\$\$\s*(.*?)\s*\$\$\s*", r"\n\n$$\n\1\n$$\n\n", text, flags=re.DOTALL)
+    lines = "\n".join(line.strip() for line in apart.splitlines())
+    return re.sub(r"\n{3,}", "\n\n", lines).strip()
+
+
+@functools.cache
+def all_recipes() -> tuple[tuple[str, Path, str, str], ...]:
+    """Every pretraining in `configs/`: method, file, first line of its comment, and how far it has been tried."""
+    found = []
+    for path in sorted((FOLDER.parent / "configs").rglob("*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text) or {}
+        if values.get("kind") == "pretrain":
+            title = text.splitlines()[0].lstrip("# ").rstrip(".") if text.startswith("#") else ""
+            file = path.relative_to(FOLDER.parent)
+            found.append((values["method"]["name"], file, title, values.get("status", "")))
+    return tuple(found)
+
+
+def results(name: str) -> list[dict[str, str]]:
+    """The rows of the comparison on real data whose column `method` names this method."""
+    path = FOLDER / "results" / "comparison.csv"
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return [row for row in csv.DictReader(file) if name in row.get("method", "").replace("+", " ").split()]
+
+
+def method_page(name: str) -> str:
+    """The page of one method.
+
+    Raises:
+        ValueError: Its docstring lacks a part.
+    """
+    entry = METHODS[name]
+    parts = docstring_parts(entry.method)
+    missing = [part for part in ("source", "what", *SECTIONS) if not parts.get(part)]
+    if missing:
+        raise ValueError(f"the docstring of method {name} has no part: {', '.join(missing)}")
+    needs = entry.config().needs()
+    text = [
+        f"# {name}\n\n<!-- written by docs/generate.py from the docstring of {entry.method.__name__}: edit that -->",
+        f"{_sentence(entry.summary)} {' '.join(parts['source'].split())}",
+        parts["what"],
+        *(f"## {title}\n\n{_formulas(parts[part])}" for part, title in SECTIONS.items()),
+        f"## Needs\n\nWith default settings: {_needs(needs)}. {_leaves(needs)}",
+        f"## Settings\n\n`method: {{name: {name}, ...}}`\n\n{class_table(entry.config)}",
+    ]
+    if parts["notes"]:
+        text.append(f"## Notes\n\n{parts['notes']}")
+    rows = [
+        (f"[{path.as_posix()}](../../{path.as_posix()})", title, status)
+        for method, path, title, status in all_recipes()
+        if method == name
+    ]
+    text.append("## Recipes\n\n" + (table(("file", "what", "tried"), rows) if rows else "None yet."))
+    scores = results(name)
+    if scores:
+        body = table(tuple(scores[0]), [list(row.values()) for row in scores])
+        about = (
+            "How these numbers came about, and how little a tiny budget shows: [comparison](../results/comparison.md)."
+        )
+        text.append(f"## Results on real data\n\n{body}\n\n{about}")
+    text.append("[All methods](../methods.md)")
+    return "\n\n".join(text) + "\n"
+
+
+def _leaves(needs: Needs) -> str:
+    """What a method wants of a batch and leaves behind, in a sentence or two."""
+    batch = f"A batch has at least {needs.min_batch} items. " if needs.min_batch > 1 else ""
+    crops = "It takes small crops (`views.crops`). " if needs.multi_crop else ""
+    added = ""
+    if needs.features:
+        added = f" A regulariser (`debias`) can work on {' and '.join(needs.features)}."
+    return f"{batch}{crops}It trains the {' and the '.join(needs.trains)}.{added}"
+
+
+def method_pages() -> dict[Path, str]:
+    """Every page of `methods/`."""
+    return {FOLDER / "methods" / f"{name}.md": method_page(name) for name in METHODS}
 
 
 PARTS: Final[Mapping[str, Callable[[], str]]] = {
@@ -382,7 +501,6 @@ PARTS: Final[Mapping[str, Callable[[], str]]] = {
     "cohorts": cohorts,
     "codes": codes,
     "methods": methods,
-    **{f"method-{name}": method_defaults(name) for name in METHODS},
 }
 
 
@@ -396,6 +514,12 @@ def main() -> None:
     for page in sorted(FOLDER.glob("*.md")):
         text = page.read_text(encoding="utf-8")
         page.write_text(generated(text), encoding="utf-8")
+    pages = method_pages()
+    (FOLDER / "methods").mkdir(exist_ok=True)
+    for page in set((FOLDER / "methods").glob("*.md")) - set(pages):
+        page.unlink()
+    for page, text in pages.items():
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,35 @@ class GCLConfig(StrictModel):
 
 
 class GCL(Method):
-    """Chaitanya et al. 2020, "Contrastive learning of global and local features" (arXiv:2006.10511), section 3.1."""
+    r"""Chaitanya et al. 2020, "Contrastive learning of global and local features for medical image segmentation with
+    limited annotations" (arXiv:2006.10511), section 3.1.
+
+    Volumes of one anatomy, roughly aligned, are cut along one axis into S partitions; slices of the same partition
+    show similar structures. With `gd-` only slices of other partitions repel, with `gd` slices of the same partition of
+    other volumes also attract, and `gr` ignores partitions. It pretrains the encoder, from the coarsest map through a
+    head that is thrown away.
+
+    Formula:
+        $$ \mathcal{L} = \frac{1}{|P|} \sum_{(a, b) \in P} -\log \frac{e^{s_{ab}}}
+        {e^{s_{ab}} + \sum_{k \in \Lambda(a)} e^{s_{ak}}}, \qquad s_{ab} = u_a \cdot u_b / \tau $$
+        P the ordered pairs that attract, $\Lambda(a)$ the rows of other partitions, u projections of length 1, $\tau$
+        the temperature. Other positives are never in the denominator; the mean over ordered pairs is half of the
+        paper's sum over both directions.
+
+    Use it when:
+        The field of view is standardised: cardiac short-axis stacks, prostate, brains in one space. Crop to the organ
+        first, and check that few-label Dice improves, not only the loss.
+
+    Leave it when:
+        Position along the axis says little: varied fields of view, lesions anywhere, volumes cropped at random places.
+        Partition membership is position, and position can be read from the outline of the body, the number of dark
+        voxels or padding, without any anatomy; `gd` rewards that. A volume that is flipped along the axis, or that
+        covers another range, gives wrong positives without any error.
+
+    `gd-` and `gd` need three views, the first of them the item itself (`views: {n_views: 3, original: true}`),
+    `items.partitions` and the sampler `partition`; `gr` needs two views and any sampler. The paper uses S = 4 (ACDC,
+    Prostate, MMWHS), n_volumes 3 and the preset `gcl`. The flattening head fits one image size.
+    """
 
     def __init__(self, config: GCLConfig, parts: ModelParts) -> None:
         super().__init__()

@@ -43,8 +43,24 @@ class LThrConfig(StrictModel):
 
 
 class LThr(Method):
-    """Barbano et al. 2023, "Contrastive learning for regression in multi-site brain age prediction" (arXiv:2211.08326),
-    Eq. (5).
+    r"""Barbano et al. 2023, "Contrastive learning for regression in multi-site brain age prediction"
+    (arXiv:2211.08326), Eq. (5).
+
+    An item attracts another more strongly than all those whose label is less alike than that one's. Only the order of
+    the label distances decides who repels whom. Equal labels are never compared with each other.
+
+    Formula:
+        $$ \mathcal{L} = \frac{1}{M} \sum_a \sum_k \frac{w_{ak}}{\sum_t w_{at}}
+        \Big[ \log \sum_{t :\, w_{at} < w_{ak}} e^{s_{at}} - s_{ak} \Big] $$
+        M views of all items, w the kernel of the labels, s cosines over the temperature; a pair (a, k) with nobody less
+        alike contributes 0.
+
+    Use it when:
+        The order of ages matters more than their distance.
+
+    Leave it when:
+        Steps must be cheap (it sorts the weights of each anchor), or many labels are equal. `normalizer: compared` is
+        as printed but can make the loss huge.
     """
 
     def __init__(self, config: LThrConfig, parts: ModelParts) -> None:

@@ -56,11 +56,31 @@ class LCLConfig(StrictModel):
 
 
 class LCL(Method):
-    """Chaitanya et al. 2020, "Contrastive learning of global and local features" (arXiv:2006.10511), section 3.2.
+    r"""Chaitanya et al. 2020, "Contrastive learning of global and local features for medical image segmentation with
+    limited annotations" (arXiv:2006.10511), section 3.2.
 
-    A frozen encoder runs in evaluation mode, unlike in the authors' program: batch statistics would make the features
-    of an image depend on the rest of its batch, and would move running statistics that are exported beside weights
-    which did not move.
+    Regions of the decoder's map at the same place in two versions of an image attract, regions elsewhere repel. It
+    trains the first l decoder blocks (`model.decoder_blocks`) on top of a pretrained, frozen encoder, so that a decoder
+    too starts from learnt weights. With `ld`, the same place in the same partition of other volumes attracts as well.
+
+    Formula:
+        $$ \ell(r) = -\log \frac{e^{s(A_r, P_r)}}
+        {e^{s(A_r, P_r)} + \sum_{q \in \Lambda(r)} \left(e^{s(A_r, A_q)} + e^{s(A_r, P_q)}\right)} $$
+        A and P the maps of both versions, r a region, $\Lambda(r)$ its negatives (other regions), s the cosine of two
+        regions over the temperature. The loss is the mean over regions, images and, with `lr`, both directions.
+
+    Use it when:
+        The target is dense, after gcl or another pretraining of the encoder (`weights: runs/NAME`).
+
+    Leave it when:
+        Volumes are not aligned in plane and `ld` is meant: it pulls together places, not structures. Voxel position can
+        be told from padding and image borders, and a region of pure background is like any other, so crop tightly.
+        With few blocks the map is coarse, and the regions are few.
+
+    Views may change intensities only (`views.preset: intensity`); `ld` also needs partitions and the sampler
+    `partition` or `partition_pairs`. A frozen encoder runs in evaluation mode, unlike in the authors' program: batch
+    statistics would make the features of an image depend on the rest of its batch, and would move running statistics
+    that are exported beside weights which did not move.
 
     Raises:
         ConfigError: No decoder, or its map is too small for the regions.

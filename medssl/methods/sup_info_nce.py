@@ -51,7 +51,24 @@ class SupInfoNCEConfig(StrictModel):
 
 
 class SupInfoNCE(Method):
-    """Barbano et al. 2023, "Unbiased Supervised Contrastive Learning" (arXiv:2211.05568).
+    r"""Barbano et al. 2023, "Unbiased Supervised Contrastive Learning" (arXiv:2211.05568).
+
+    Like `supcon`, but positives never compete with each other: each is compared with the negatives alone, and must be
+    closer by a margin epsilon. The margin says how far classes shall be apart, which the plain loss leaves open. Its
+    authors pair it with a regulariser that takes a bias out of the embedding.
+
+    Formula:
+        $$ \mathcal{L}_{out} = \frac{1}{M} \sum_a \frac{1}{|P(a)|} \sum_{p \in P(a)}
+        \Big[ \log\Big( e^{s_{ap} - \epsilon} + \sum_{n \in N(a)} e^{s_{an}} \Big) - s_{ap} \Big] $$
+        M views of all items, P(a) the other views of the class of a, N(a) those of other classes, s cosines over the
+        temperature; in the form `in` the sum over positives is inside the logarithm.
+
+    Use it when:
+        A class is to be learnt together with a regulariser against a bias such as the site (`debias`).
+
+    Leave it when:
+        Classes do not repeat in a batch, or the label is a number. Values are not comparable with those of `supcon`;
+        where a batch has no negatives the loss is the constant $-\epsilon$.
 
     With one view an item has positives only where another item of the batch has its class.
     """

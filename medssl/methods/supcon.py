@@ -48,9 +48,26 @@ class SupConConfig(StrictModel):
 
 
 class SupCon(Method):
-    """Khosla et al. 2020, "Supervised Contrastive Learning" (arXiv:2004.11362), form "out".
+    r"""Khosla et al. 2020, "Supervised Contrastive Learning" (arXiv:2004.11362), form "out".
 
-    With one view an item has positives only where another item of the batch has its class.
+    All views of all items of one class attract, everything else repels. Classes are the values of a column, or bins of
+    a number. Unlike cross-entropy it asks nothing of a last layer, so that the embedding itself is arranged.
+
+    Formula:
+        $$ \mathcal{L} = \frac{1}{M} \sum_a \frac{1}{|P(a)|} \sum_{p \in P(a)}
+        \Big[ \log \sum_{k \ne a} e^{s_{ak} - \epsilon [k \in P(a)]} - s_{ap} \Big] $$
+        M views of all items, P(a) the other views of the class of a, s cosines over the temperature, $\epsilon$ a
+        margin (0 in the paper; Barbano et al. 2023, arXiv:2211.05568).
+
+    Use it when:
+        There is a diagnosis or another category for everybody, and batches in which classes repeat.
+
+    Leave it when:
+        The label is a number such as age: bins cut people apart who are a month apart; `y_aware` and `l_exp` do not.
+        Labels that go with the site teach the site.
+
+    With one view an item has positives only where another item of the batch has its class; an anchor without positives
+    contributes nothing.
     """
 
     def __init__(self, config: SupConConfig, parts: ModelParts) -> None:

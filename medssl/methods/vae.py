@@ -40,15 +40,29 @@ class VAEConfig(StrictModel):
 
 
 class VAE(Method):
-    """Kingma & Welling 2014 (arXiv:1312.6114), with the weight beta of Higgins et al. 2017 (beta-VAE).
+    r"""Kingma & Welling 2014 (arXiv:1312.6114), with the weight beta of Higgins et al. 2017 (beta-VAE).
 
-    The encoder's features h give the mean and the log variance of the code by a linear map each; a decoder that mirrors
-    the encoder draws the item from the code. With decoder noise of variance 1 an item's bound is
+    The encoder's averaged output h gives the mean and variance of a short code z, and a decoder that mirrors the
+    encoder draws the item from a sample of it. Its embedding can be the prior of `decoupled_uniformity`. It takes any
+    encoder and one view, which is drawn as it is seen.
 
-        sum over voxels of (x - drawn)^2 / 2  +  beta * sum over dimensions of (mu^2 + sigma^2 - log sigma^2 - 1) / 2.
+    Formula:
+        $$ \mathcal{L} = \frac{1}{N V} \sum_i \Big[ \tfrac12 \Vert x_i - \hat x_i \Vert^2
+        + \tfrac{\beta}{2} \sum_d \left( \mu_{id}^2 + \sigma_{id}^2 - \log \sigma_{id}^2 - 1 \right) \Big] $$
+        N items of V voxels (or features), so that neither the loss nor the learning rate depends on their size;
+        $\hat x$ what is drawn, $\mu$ and $\sigma$ mean and deviation of the code. With $\beta = 1$ this is the bound of
+        a decoder with noise of variance 1.
 
-    The loss is its mean over items **divided by the number of voxels** (of features), so that it and the learning rate
-    do not depend on the size of the items; beta = 1 still is the bound. ``z`` and the exported head are the mean.
+    Use it when:
+        You want a prior without labels, or a compact code of tables or small volumes.
+
+    Leave it when:
+        The code must follow anatomy rather than the scanner: it follows what varies most. Where a direction of the data
+        varies less than beta (in units of the standardised intensities, summed over voxels), its code falls silent, and
+        with too large a beta all of it does: watch `active_dimensions`.
+
+    `kl` in `metrics.csv` is not divided by the voxels; `active_dimensions` counts those whose mean varies over the
+    batch. ``z`` and the exported head are the mean.
     """
 
     def __init__(self, config: VAEConfig, parts: ModelParts) -> None:

@@ -39,8 +39,25 @@ class YAwareConfig(StrictModel):
 
 
 class YAware(Method):
-    """Dufumier et al. 2021, "Contrastive Learning with Continuous Proxy Meta-Data for 3D MRI Classification"
+    r"""Dufumier et al. 2021, "Contrastive Learning with Continuous Proxy Meta-Data for 3D MRI Classification"
     (arXiv:2106.08808).
+
+    Every other item attracts, by its share of the anchor's label weights: people of one age more than people decades
+    apart. How alike labels are is a kernel over one or several columns. With a width towards 0 this is SimCLR; with a
+    very large one everybody attracts everybody alike.
+
+    Formula:
+        $$ \mathcal{L} = \frac{1}{M} \sum_a \sum_{k \ne a} \frac{w_{ak}}{\sum_{t \ne a} w_{at}}
+        \Big[ \log \sum_{t \ne a} e^{s_{at}} - s_{ak} \Big], \qquad w_{ak} = K_\sigma(y_a, y_k) $$
+        M views of all items, y their labels, K the kernel and $\sigma$ its width in the labels' units, s cosines over
+        the temperature.
+
+    Use it when:
+        There are ages or similar labels for everybody: it is the first choice for them, and needs little of the batch.
+
+    Leave it when:
+        The width would have to be larger than the spread of ages (such weights say nothing), or sites differ in age:
+        the ages that attract are then also those of one site.
 
     With one view an item attracts other people only; with several also its own other views.
     """
