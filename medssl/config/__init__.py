@@ -1,6 +1,7 @@
 """One validated configuration of a whole run."""
 
-from medssl.config.compare import AgeSiteProtocol, ArmCombat, CompareArm, CompareConfig
+from medssl.config.age_site import AgeSiteProtocol, ArmCombat
+from medssl.config.compare import CompareArm, CompareConfig
 from medssl.config.load import CONFIGS, dump_config, load_any, load_config
 from medssl.config.models import (
     ArmConfig,

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
 
+from medssl.config.age_site import INPUT, AgeSiteProtocol, ArmCombat
 from medssl.config.few_label import FewLabelProtocol, Stage, stage_shares, stage_views, staged_training
 from medssl.config.models import (
     ArmConfig,
@@ -27,30 +28,8 @@ from medssl.methods.debias import DebiasConfig
 from medssl.models import ENCODERS
 from medssl.training import TrainingConfig
 
-INPUT = "input"
-"""The layer of an arm that trains nothing: the features themselves."""
-PROBED = ("age", "site")
-"""What the probes predict."""
 UPPER_BOUND = "upper_bound"
 """What a training on every label is called, beside the arms."""
-
-
-class ArmCombat(StrictModel):
-    """Harmonisation of one arm by ComBat, fitted on each cell's training people."""
-
-    on: Literal["input", "h", "z"]
-    """input: the features, before anything is learnt; h, z: the embedding (z normalised first, if
-    `protocol.normalise_z`), before it is probed: the arm is then evaluated on that layer alone."""
-    covariates: tuple[str, ...] = ()
-    """Columns of the manifest whose effect is kept, such as sex."""
-
-    @field_validator("covariates")
-    @classmethod
-    def _not_probed(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        shared = sorted(set(value) & set(PROBED))
-        if shared:
-            raise ValueError(f"{' and '.join(shared)} of evaluated people is what the probes predict: leave it out")
-        return value
 
 
 class CompareArm(StrictModel):
@@ -95,48 +74,6 @@ class CompareArm(StrictModel):
         if self.stages or self.method is None:
             return self.stages
         return (Stage(method=self.method, sampler=self.sampler, debias=self.debias),)
-
-
-class AgeSiteProtocol(StrictModel):
-    """Predict age and site from frozen embeddings of people who were not trained on, as the OpenBHB challenge does."""
-
-    name: Literal["age_site"] = "age_site"
-    folds: Annotated[int, Field(ge=2)] | None = 5
-    """Cross-validation over people, balanced over sites and determined by the plan's `seed`; every site then needs as
-    many people as there are folds. null: the manifest's own splits: `internal_test` (or `test`) and `external_test`."""
-    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0, 1, 2)
-    """Each trains every arm once more on every fold; folds stay the same."""
-    layers: Annotated[tuple[Annotated[str, Field(pattern=r"^(z|h|block[0-9]+)$")], ...], Field(min_length=1)] = (
-        "z",
-        "h",
-    )
-    """Probed layers: z, the projection; h, the encoder's output; block0, block1, ..., its feature maps, pooled."""
-    normalise_z: bool = True
-    """Scale each projection to length 1 before probing, as contrastive losses see it."""
-    leave_site_out: bool = False
-    """Also train without each site in turn (one seed) and evaluate on that site and on 20 % of the others' people."""
-    evaluate_on: Literal["test", "validation"] = "test"
-    """validation, while settings are chosen: test people are not touched and 20 % of the training people (or the
-    manifest's `validation` rows) are evaluated instead."""
-    solver: Literal["saga", "lbfgs"] = "saga"
-    """Of the site probe. saga stops after 150 iterations, as in the challenge; lbfgs finds the optimum of the same
-    probe many times faster, for choosing settings."""
-    n_bootstrap: Annotated[int, Field(ge=100)] = 1000
-    """Resamples of people for each interval."""
-    n_permutations: Annotated[int, Field(ge=100)] = 1000
-    """Permutations of the sites for the range of chance."""
-    baseline: str | None = None
-    """The arm that all others are compared with; null: the first."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> AgeSiteProtocol:
-        for name in ("seeds", "layers"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name}: names a value twice")
-        if self.leave_site_out and self.evaluate_on == "validation":
-            raise ValueError("leave_site_out: not while settings are chosen; it evaluates everyone once")
-        return self
 
 
 Protocol: Any = Annotated[AgeSiteProtocol | FewLabelProtocol, Field(discriminator="name")]

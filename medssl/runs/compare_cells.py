@@ -16,7 +16,8 @@ import torch
 from lightning_fabric import Fabric
 from threadpoolctl import threadpool_limits
 
-from medssl.config.compare import INPUT, ArmCombat, CompareArm, CompareConfig
+from medssl.config.age_site import INPUT, ArmCombat
+from medssl.config.compare import CompareArm, CompareConfig
 from medssl.data.feature_store import FeatureReader, FeatureStore
 from medssl.data.features import FeatureStatistics
 from medssl.evaluation.age_site import People, predict_age_site

@@ -12,7 +12,8 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from medssl.config.compare import INPUT, CompareArm, CompareConfig
+from medssl.config.age_site import INPUT
+from medssl.config.compare import CompareArm, CompareConfig
 from medssl.core.files import write_json
 from medssl.evaluation.age_site import METRICS, compare_age_site, summarise_age_site
 from medssl.evaluation.maps import flat_maps
