@@ -45,8 +45,8 @@ class ModelsGenesis(Method):
     Formula:
         $$ L = \frac{1}{N} \sum_{i=1}^{N} \frac{1}{|\Omega|} \sum_{u \in \Omega}
         \bigl(\sigma(f(\tilde x_i))_u - x_{i,u}\bigr)^2 $$
-        x_i is item i with intensities in [0, 1], \tilde x_i its deformed copy, f encoder, decoder and a convolution of
-        one voxel, \sigma the logistic function, \Omega all voxels (and channels).
+        $x_i$ is item i with intensities in [0, 1], $\tilde x_i$ its deformed copy, $f$ encoder, decoder and a convolution
+        of one voxel, $\sigma$ the logistic function, $\Omega$ all voxels (and channels).
 
     Use it when:
         The task to come is segmentation with the same network, and there are too few volumes for contrast between
@@ -56,7 +56,7 @@ class ModelsGenesis(Method):
     Leave it when:
         The task works on one vector per item (age, diagnosis): nothing asks the encoder's output to tell people apart.
         Intensities carry the meaning (CT, quantitative maps): the curve teaches the network to look past them, and
-        inverts them in 45 % of the items. Nor for feature tables, which have no neighbourhoods to shuffle or paint.
+        inverts them in 45 % of the items. Feature tables have no neighbourhoods to shuffle or paint.
 
     Before you use it in a product: the authors' repository declares a licence for non-commercial use only, and "patent
     pending". The code here was written from the published definition and holds nothing of theirs; a patent would apply
