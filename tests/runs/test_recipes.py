@@ -22,16 +22,18 @@ from medssl.data.manifest import Manifest, ManifestMeta
 from medssl.data.splits import label_draws, with_published_splits
 from medssl.runs import cohort
 from medssl.runs.finetune import CellRunner, build_task, finetune, plan_cells, plan_draws
-from medssl.runs.pretrain import build_method, pretrain
+from medssl.runs.pretrain import open_training, pretrain
 from medssl.runs.volumes import in_splits, open_cohort
-from medssl.samplers import SAMPLERS, FewLabelSampler
+from medssl.samplers import FewLabelSampler
 from medssl.training import BatchSource
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 PUBLISHED = ("acdc", "prostate", "mmwhs")
 SEGMENTED = (*PUBLISHED, "hippocampus")
-RECIPES = sorted(f"{name}/{path.stem}" for name in SEGMENTED for path in (CONFIGS / name).glob("*.yaml"))
+PLANS = {"hippocampus/comparison"}  # of many runs: tests of compare
+RECIPES = sorted({f"{name}/{path.stem}" for name in SEGMENTED for path in (CONFIGS / name).glob("*.yaml")} - PLANS)
+BELOW_ZERO = ("align_uniform", "iic_segmentation")  # losses that are 0 or less from the start
 SHORT = ("training.steps=2", "training.accelerator=cpu", "training.workers=0", "data.jobs=1")
 IN_PLANE = "data.prepare.size=[64, 64, null]"
 NARROW = "model.encoder={name: unet2d, widths: [4, 4, 8, 8, 8], norm: batch, strides: [[2,2],[2,2],[2,2],[2,2]]}"
@@ -64,7 +66,7 @@ def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipes")
     data = folder / "DATA"
     write_acdc(data / "acdc", n_training=6, n_testing=1)
-    counts = {"prostate": 8, "hippocampus": 14}
+    counts = {"prostate": 8, "hippocampus": 120}  # more than any recipe has clusters or rows in a queue
     tasks = {name: [f"{name}_{n:02d}" for n in range(count)] for name, count in counts.items()}
     write_msd(
         data / "Task05_Prostate",
@@ -120,11 +122,8 @@ def test_first_loss_of_every_recipe_is_finite(here, recipe):
     splits = None if config.kind == "pretrain" else (*config.data.splits, config.evaluate_on)
     opened = open_cohort(config.data, slice_axis=config.items.slice_axis, splits=splits)
     if config.kind == "pretrain":
-        table = build_items(opened.chosen, opened.store, config.items)
-        reader = ItemReader(opened.store, table, config.items, with_labels=False)
-        settings = config.sampler.model_dump(exclude={"name"})
-        sampler = SAMPLERS[config.sampler.name](table, seed=config.seed, **settings)
-        method, _ = build_method(config, reader.image_shape, table)
+        started = open_training(config, opened)
+        method, source = started.method, started.source
     else:
         config = config.model_copy(
             update={"grid": config.grid.model_copy(update={"n_labelled": (1,), "draws": 1, "n_validation": 2})}
@@ -138,12 +137,13 @@ def test_first_loss_of_every_recipe_is_finite(here, recipe):
         table = build_items(train, opened.store, config.items)
         reader = ItemReader(opened.store, table, config.items)
         sampler = FewLabelSampler(table, seed=0, batch_size=config.batch_size)
-    source = BatchSource(sampler, reader, config.views, seed=config.seed, workers=0)
+        source = BatchSource(sampler, reader, config.views, seed=config.seed, workers=0)
     source.place("cpu", 0, 1)
     with torch.no_grad():  # gradients of every method are looked at in tests/methods; the published network is large
         loss = method.training_loss(source.batch(0)).loss
     assert torch.isfinite(loss)
-    assert loss.item() > 0.05  # something is left to learn
+    if config.kind != "pretrain" or config.method.name not in BELOW_ZERO:
+        assert loss.item() > 0.05  # something is left to learn
 
 
 def run_chain(name, globally, locally, *settings):
