@@ -45,8 +45,8 @@ class ModelsGenesis(Method):
     Formula:
         $$ L = \frac{1}{N} \sum_{i=1}^{N} \frac{1}{|\Omega|} \sum_{u \in \Omega}
         \bigl(\sigma(f(\tilde x_i))_u - x_{i,u}\bigr)^2 $$
-        $x_i$ is item i with intensities in [0, 1], $\tilde x_i$ its deformed copy, $f$ encoder, decoder and a convolution
-        of one voxel, $\sigma$ the logistic function, $\Omega$ all voxels (and channels).
+        $x_i$ is item i with intensities in [0, 1], $\tilde x_i$ its deformed copy, $f$ encoder, decoder and a
+        convolution of one voxel, $\sigma$ the logistic function, $\Omega$ all voxels (and channels).
 
     Use it when:
         The task to come is segmentation with the same network, and there are too few volumes for contrast between

@@ -100,7 +100,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"loss": "cross_entropy", "target": "diagnosis", "n_classes": 3, **HEAD},
         {"loss": "mse", "debias": {"name": "fair_kl", "on": "z", "weight": 0.1}, **HEAD},
     ],
-    "models_genesis": [{}, {"shuffle_probability": 1.0, "shuffle_windows": 20, "inpaint_share": 1.0}],
+    "models_genesis": [
+        {"shuffle_windows": 50},
+        {"shuffle_probability": 1.0, "shuffle_windows": 20, "inpaint_share": 1.0},
+    ],
     "sela": [
         {"n_clusters": 3, "n_heads": 2},
         {"n_clusters": 4, "n_heads": 1, "n_assignments": 10, "feature_norm": "none", "views": 2},
