@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from method_examples import HEAD, Example, make_batch, table
+from method_examples import HEAD, Example, make_batch, table, train
 from torch.testing import assert_close
 
 from medssl.core.errors import ConfigError
@@ -143,6 +143,15 @@ def test_more_prototypes_or_a_longer_queue_than_items_are_refused_and_few_rows_a
             few.training_loss(make_batch(example(), number))
     assert len(caplog.messages) == 1
     assert "11 rows (batch and queue) are shared out over 12 prototypes" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("queue", [{}, {"queue_size": 9, "queue_from": 0.0}])
+def test_it_comes_to_tell_items_apart_far_better_than_a_guess(queue):
+    case = example(**queue)
+    outputs = train(case, case.build(), 150, learning_rate=1e-2)
+    last = torch.stack([output.loss for output in outputs[-20:]]).mean()
+    assert last < 0.5 * outputs[-1].logs["chance_loss"]
+    assert torch.stack([output.logs["used_prototypes"] for output in outputs[-20:]]).mean() > 0.5
 
 
 def test_the_table_of_the_examples_is_what_the_limits_above_refer_to():
