@@ -21,7 +21,15 @@ from medssl.evaluation.neighbours import (
 )
 from medssl.evaluation.probes import age_probe, person_folds, site_probe
 from medssl.evaluation.segmentation import ClassSummary, Summary, case_metrics, dice, hd95_mm, summarise
-from medssl.evaluation.statistics import PairedDifference, compare_arms, holm, over_draws, paired_bootstrap
+from medssl.evaluation.statistics import (
+    BlockDifference,
+    PairedDifference,
+    compare_arms,
+    compare_in_blocks,
+    holm,
+    over_draws,
+    paired_bootstrap,
+)
 from medssl.evaluation.unsupervised import (
     BlankCheck,
     ClusterScores,
@@ -36,6 +44,7 @@ from medssl.evaluation.unsupervised import (
 __all__ = [
     "AgeSiteSummary",
     "BlankCheck",
+    "BlockDifference",
     "ClassSummary",
     "ClusterQuality",
     "ClusterScores",
@@ -55,6 +64,7 @@ __all__ = [
     "cluster_quality",
     "compare_age_site",
     "compare_arms",
+    "compare_in_blocks",
     "dice",
     "hd95_mm",
     "folded",

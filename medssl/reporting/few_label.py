@@ -86,8 +86,8 @@ def difference_table(summary: Mapping[str, Any], part: str, caption: str) -> Tab
         for row in summary.get(part) or []
     ]
     caption += (
-        f" In {metric.axis}, over the same test people and draws; interval from a bootstrap over people and over "
-        "draws; p-values corrected by Holm over all rows of this table."
+        f" In {metric.axis}, over the same test people and draws. The interval allows for who is tested and for how "
+        "trainings vary between draws; p-values are corrected by Holm over all rows of this table."
     )
     return table_of(caption, columns, rows, words=words)
 
@@ -183,9 +183,8 @@ def _cautions(summary: Mapping[str, Any], table: list[Any], paired: list[Any]) -
     draws = [row["n_draws"] for row in table if finite(row.get("n_draws")) is not None]
     if draws and min(draws) < FEW_DRAWS:
         n = min(draws)
-        cautions.append(
-            f"{n} draw{'s' * (n != 1)} of labelled volumes: how much their choice matters is known only roughly."
-        )
+        how = "unknown, so no interval is given" if n == 1 else "known only roughly"
+        cautions.append(f"{n} draw{'s' * (n != 1)} of labelled volumes: how much their choice matters is {how}.")
     seeds = [row["n_seeds"] for row in table if finite(row.get("n_seeds")) is not None]
     if seeds and min(seeds) == 1:
         cautions.append("One seed: each arm was pretrained once, and another pretraining may come out differently.")

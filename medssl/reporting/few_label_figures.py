@@ -135,7 +135,7 @@ def _differences(summary: Mapping[str, Any], encoder: str, n: int, metric: Metri
         content = svg_bytes(figure)
     caption = (
         "One dot is the mean paired difference over the same test people and the same draws; the bar is its 95 % "
-        "interval (bootstrap over people and draws), which is not widened for the number of comparisons. Filled and "
+        "interval, for who is tested and for how trainings vary, not widened for the number of comparisons. Filled and "
         f"blue: p below {number(SIGNIFICANCE, 2)} after Holm's correction. Hollow: no difference is shown."
     )
     title = f"Difference to {clean(rows[0]['baseline'], NAME)}, {panel_name(summary, encoder, n)}"

@@ -14,7 +14,7 @@ import pandas as pd
 from medssl.config.compare import UPPER_BOUND, CompareConfig
 from medssl.core.errors import TrainingError
 from medssl.core.files import write_json
-from medssl.evaluation.statistics import holm
+from medssl.evaluation.statistics import compare_in_blocks, holm
 from medssl.reporting.metric import Metric, metric_of
 from medssl.reporting.tables import write_csv
 from medssl.runs.few_label_cells import FewLabelCell, FewLabelPlan
@@ -31,6 +31,11 @@ log = logging.getLogger(__name__)
 SHOWN_BELOW: Final = 0.05
 """A difference is called one when its p-value, corrected by Holm, is below."""
 _SHOWN: Final = 12
+_INTERVALS: Final = (
+    "Intervals are the wider, p-values the larger of two: a bootstrap over people and draws, and a two-way analysis of "
+    "variance with the draws as blocks, which measures on all arms how trainings vary."
+)
+_INTERVAL: Final = ("low", "high", "p_value")
 
 
 @dataclass
@@ -169,7 +174,7 @@ def _on_encoder(
         row
         for one in best
         if compared
-        for row in paired_rows(whole[whole["n_labelled"] == one["n_labelled"]], one["arm"], run)
+        for row in differences(whole[whole["n_labelled"] == one["n_labelled"]], one["arm"], run)
     ]
     closed = gap_closed(table, config.baseline, bound, run.metric) if config.baseline in present else []
 
@@ -180,12 +185,34 @@ def _on_encoder(
         "run": run,
         "incomplete": sorted(incomplete),
         "table": named(table),
-        "paired": named(paired_rows(whole, config.baseline, run)) if known else [],
+        "paired": named(differences(whole, config.baseline, run)) if known else [],
         "best": named(best),
         "paired_best": named(against),
         "upper_bound": named([] if bound is None else [bound]),
         "gap_closed": named(closed),
     }
+
+
+def differences(whole: pd.DataFrame, baseline: str, run: TaskRun) -> list[dict[str, Any]]:
+    """Paired differences that allow both for who is tested and for how trainings vary.
+
+    The bootstrap resamples people and draws, but two or three draws hardly vary in it; the blocks measure that
+    variation on all arms together. The wider interval and the larger p-value of the two are kept; with one draw
+    neither is known.
+    """
+    rows = []
+    for row in paired_rows(whole, baseline, run):
+        part = whole[whole["n_labelled"] == row["n_labelled"]]
+        part = part[part["split"] == row["split"]] if "split" in row else part
+        if "split" in part and "split" not in row:
+            part = part[part["split"] == run.config.evaluated[0]]
+        block = compare_in_blocks(part, baseline, metric=run.metric.column)[row["arm"]]
+        both = [(row["low"], row["high"], row["p_value"]), (block.low, block.high, block.p_value)]
+        known = all(value is not None and np.isfinite(value) for values in both for value in values)
+        low, high, p = zip(*both, strict=True)
+        wider = {"low": min(low), "high": max(high), "p_value": max(p)} if known else dict.fromkeys(_INTERVAL)
+        rows.append({**row, **wider})
+    return rows
 
 
 def _best(table: Sequence[Mapping[str, Any]], metric: Metric) -> list[dict[str, Any]]:
@@ -218,6 +245,11 @@ def _verdict(config: CompareConfig, paired: Sequence[Mapping[str, Any]], metric:
     """Names the arms that differ from the baseline by more than chance explains, and no others."""
     if not paired:
         return f"No arm can be compared with {config.baseline}: see what failed."
+    if all(row["p_holm"] is None for row in paired):
+        return (
+            f"No arm can be told from {config.baseline}: with one draw of labelled volumes it is not known how much "
+            "trainings vary."
+        )
     shown = [row for row in paired if row["p_holm"] is not None and row["p_holm"] < SHOWN_BELOW]
     rest = len(paired) - len(shown)
     of = f"{len(paired)} comparison{'s' if len(paired) > 1 else ''} with {config.baseline}"
@@ -286,7 +318,7 @@ def _notes(
 def _task_notes(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """Those of the fine-tuning task, which are alike for every encoder but for what weights had seen."""
     runs: list[TaskRun] = [one["run"] for one in found]
-    return list(dict.fromkeys(note for run in runs for note in grid_notes(run.config, run)))
+    return list(dict.fromkeys(note for run in runs for note in grid_notes(run.config, run, intervals=_INTERVALS)))
 
 
 def _jsonable(value: Any) -> Any:

@@ -80,7 +80,9 @@ def summarise_grid(
         },
         "transductive": config.data.transductive,
         "leak_check": leak_check,
-        "notes": grid_notes(config, run),
+        "notes": grid_notes(
+            config, run, intervals="Intervals resample draws and groups; cases of one group are averaged first."
+        ),
         "verdict": verdict,
     }
     return Finetuned(summary, folder, verdict=verdict)
@@ -204,8 +206,8 @@ def _verdict(table: list[dict[str, Any]], paired: list[dict[str, Any]], split: s
     return " ".join(sentences)
 
 
-def grid_notes(config: FinetuneConfig, run: TaskRun) -> list[str]:
-    """What a reader must know about the scores of a grid."""
+def grid_notes(config: FinetuneConfig, run: TaskRun, *, intervals: str) -> list[str]:
+    """What a reader must know about the scores of a grid; ``intervals`` says what they allow for."""
     grid = config.grid
     given = (
         f"Every cell is given n training and {grid.n_validation} labelled validation volumes, on which its best step "
@@ -216,7 +218,7 @@ def grid_notes(config: FinetuneConfig, run: TaskRun) -> list[str]:
     notes = [
         given,
         *run.notes(),
-        "Intervals resample draws and groups; cases of one group are averaged first.",
+        intervals,
     ]
     if not set(config.evaluated) <= set(TEST_SPLITS):
         notes.append("These are not test results: settings may have been chosen on these volumes.")

@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from medssl.core.errors import InputError
-from medssl.evaluation import compare_arms, holm, over_draws, paired_bootstrap
+from medssl.evaluation import compare_arms, compare_in_blocks, holm, over_draws, paired_bootstrap
 
 SHIFT = 0.03
 
@@ -180,3 +181,50 @@ def test_holm_rejects_what_the_step_down_procedure_rejects(p, alpha):
             break
         rejected.append(i)
     assert np.flatnonzero(holm(p) <= alpha).tolist() == sorted(rejected)
+
+
+def blocks(effects, n_draws, rng, noise=0.02, people=12):
+    """Scores of arms that differ by ``effects``; each training has noise of its own, each draw and person an effect."""
+    person, draw = rng.normal(0, 0.05, people), rng.normal(0, 0.05, n_draws)
+    return pd.DataFrame(
+        [
+            {"arm": arm, "draw": d, "seed": 0, "group": f"g{g}", "dice": 0.7 + effect + draw[d] + trained + person[g]}
+            for arm, effect in effects.items()
+            for d in range(n_draws)
+            for trained in [rng.normal(0, noise)]
+            for g in range(people)
+        ]
+    )
+
+
+def test_two_arms_in_blocks_are_a_paired_t_test():
+    table = blocks({"base": 0.0, "x": 0.03}, 5, np.random.default_rng(0))
+    found = compare_in_blocks(table, "base")["x"]
+    means = table.groupby(["arm", "draw"])["dice"].mean().unstack("draw")
+    known = stats.ttest_rel(means.loc["x"], means.loc["base"])
+    assert found.p_value == pytest.approx(known.pvalue)
+    assert (found.low, found.high) == pytest.approx(tuple(known.confidence_interval(0.95)))
+    assert found.degrees == 4
+
+
+def test_blocks_keep_their_level_where_three_draws_of_a_bootstrap_do_not():
+    rng = np.random.default_rng(1)
+    arms = {"base": 0.0, **{f"arm{i}": 0.0 for i in range(5)}}
+    block, plain, n = 0, 0, 60
+    for _ in range(n):
+        table = blocks(arms, 3, rng)
+        block += compare_in_blocks(table, "base")["arm0"].p_value < 0.05
+        plain += paired_bootstrap(table, "arm0", "base", n_resamples=200).p_value < 0.05
+    assert block / n < 0.12
+    assert plain / n > 0.12
+    shifted = blocks({**arms, "arm0": 0.15}, 3, rng)
+    assert compare_in_blocks(shifted, "base")["arm0"].p_value < 0.001
+
+
+def test_one_draw_says_nothing_about_how_trainings_vary():
+    found = compare_in_blocks(blocks({"base": 0.0, "x": 0.3}, 1, np.random.default_rng(2)), "base")["x"]
+    assert found.difference == pytest.approx(0.3, abs=0.1)
+    assert np.isnan([found.low, found.high, found.p_value]).all()
+    missing = blocks({"base": 0.0, "x": 0.3}, 2, np.random.default_rng(2)).iloc[:-12]
+    with pytest.raises(InputError, match="same draws"):
+        compare_in_blocks(missing, "base")
