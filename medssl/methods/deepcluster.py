@@ -77,8 +77,14 @@ class DeepClusterConfig(StrictModel):
         return self
 
     def needs(self) -> Needs:
-        """One view or more of anything, of any sizes."""
-        return Needs(views=1, features=("h",) if self.form == "v1" else ("h", "z"), multi_crop=True)
+        """One view or more of anything, of any sizes; a batch norm has nothing to tell of one item."""
+        norm = self.feature_norm if self.form == "v1" else self.head_norm
+        return Needs(
+            views=1,
+            min_batch=2 if norm == "batch" else 1,
+            features=("h",) if self.form == "v1" else ("h", "z"),
+            multi_crop=True,
+        )
 
 
 class DeepCluster(Method):
@@ -218,7 +224,12 @@ class DeepCluster(Method):
             return torch.einsum("nvd,tkd->nvtk", z, self.prototypes.to(z.dtype))
 
     def _whitened(self, h: Tensor) -> Tensor:
-        """PCA to at most ``n_components``, whitened, rows of length 1 (Caron et al. 2018, section 3.3)."""
+        """PCA to at most ``n_components``, whitened, rows of length 1 (Caron et al. 2018, section 3.3).
+
+        Of items that are all equal, one direction of zeros: a collapse is for the monitor to name.
+        """
+        if bool((h == h[0]).all()):
+            return h.new_zeros(len(h), 1)
         wanted = min(self.config.n_components, *h.shape)
         pca = PCA(wanted, whiten=True, random_state=0).fit(h.double().cpu().numpy())
         kept = int((pca.explained_variance_ > NEGLIGIBLE * pca.explained_variance_[0]).sum())

@@ -38,14 +38,13 @@ class SeLaConfig(StrictModel):
     settle long before. The authors' program: changes summed over all items below 0.1."""
     max_iterations: PositiveInt = 1000
     """Sinkhorn's iteration ends here at the latest (ours)."""
-
     feature_norm: HeadNorm = "batch"
     """Norm of h before the classifiers, over the batch of all processes. Networks of the paper end in batch norm; one
     with group norm gives all items nearly the same h at first, and its classifiers learn slowly (none)."""
 
     def needs(self) -> Needs:
-        """One view or more of anything, of any sizes."""
-        return Needs(views=1, features=("h",), multi_crop=True)
+        """One view or more of anything, of any sizes; a batch norm has nothing to tell of one item."""
+        return Needs(views=1, min_batch=2 if self.feature_norm == "batch" else 1, features=("h",), multi_crop=True)
 
 
 class SeLa(Method):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from method_examples import Example, embed_all, make_batch, table
+from method_examples import Example, embed_all, make_batch, part_of, table
 from pydantic import ValidationError
 from sklearn.metrics import adjusted_rand_score
 from torch.testing import assert_close
@@ -185,6 +185,26 @@ def test_logs_say_the_loss_of_a_guess_the_clusters_in_use_and_the_agreement(case
     assert float(logs["chance_loss"]) == pytest.approx(math.log(3))
     assert float(logs["used_prototypes"]) == pytest.approx(1 / 3)
     assert 0 <= float(logs["agreement"]) <= 1
+
+
+@every
+def test_items_that_are_all_equal_are_clustered_and_training_goes_on(case):
+    method = case.build()
+    method.refresh(lambda: (torch.full((N, 8), 0.3), {}))
+    assert method.clusters().min() >= 0
+    loss = method.training_loss(make_batch(case, 0)).loss
+    loss.backward()
+    assert bool(loss.isfinite())
+
+
+def test_a_batch_norm_wants_two_items():
+    assert [case.config.needs().min_batch for case in ALL] == [2, 2, 2]
+    free = [example("sela", feature_norm="none"), example("deepcluster", feature_norm="none")]
+    free.append(example("deepcluster", **V2, head_norm="none"))
+    assert [case.config.needs().min_batch for case in free] == [1, 1, 1]
+    for case in free:
+        batch = part_of(make_batch(case, 0), slice(0, 1))
+        assert bool(case.build().training_loss(batch).loss.isfinite())
 
 
 @every
