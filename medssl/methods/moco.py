@@ -61,10 +61,10 @@ class MoCoConfig(StrictModel):
         return self
 
     def needs(self) -> Needs:
-        """Two views of anything, and a queue that holds at least one batch."""
+        """Two views of anything, and a queue that holds at least one batch; batch norms want two items to a group."""
         return Needs(
             views=2,
-            min_batch=2 * self.shuffle_groups if self.shuffle_groups > 1 else 1,
+            min_batch=2 * self.shuffle_groups if self.shuffle_groups > 1 or self.head_norm == "batch" else 1,
             max_batch=self.queue_size,
             batch_multiple=self.shuffle_groups,
             features=("h", "z"),
@@ -156,11 +156,11 @@ class MoCo(Method):
             InputError: A batch that is longer than the queue, or that shuffle_groups does not divide.
         """
         if self.config.shuffle_groups > 1:
-            h, key = self._in_groups(batch)
+            h, z, key = self._in_groups(batch)
         else:
             key = gather(self.teacher(batch.views[1]))
             h = self.encoder(batch.views[0])
-        z = self.head(h)
+            z = self.head(h)
         query, subject = gather((z, batch.items["subject"]))
         if len(query) > len(self.queue):
             raise InputError(
@@ -179,8 +179,8 @@ class MoCo(Method):
             features={"h": h, "z": z},
         )
 
-    def _in_groups(self, batch: ViewBatch) -> tuple[Tensor, Tensor]:
-        """Features of this process's queries, and keys of every process, normalised in groups of different items."""
+    def _in_groups(self, batch: ViewBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Features and queries of this process, and keys of every process, normalised in groups of different items."""
         groups, processes, n = self.config.shuffle_groups, world_size(), len(batch.views[0])
         if groups % processes or n * processes % groups or n * processes < 2 * groups:
             raise InputError(
@@ -193,9 +193,10 @@ class MoCo(Method):
         order = torch.from_numpy(permutation(len(images), batch.seed, SHUFFLE, batch.step)).to(images.device)
         with norm_groups(self.teacher, groups // processes):
             shuffled = gather(self.teacher(images[order[rank() * n : (rank() + 1) * n]]))
-        with norm_groups(self.encoder, groups // processes):
+        with norm_groups(self.encoder, groups // processes), norm_groups(self.head, groups // processes):
             h = self.encoder(batch.views[0])
-        return h, shuffled[order.argsort()]
+            z = self.head(h)
+        return h, z, shuffled[order.argsort()]
 
     @torch.no_grad()
     def after_optimizer_step(self, progress: float) -> None:

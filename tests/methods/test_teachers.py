@@ -146,6 +146,7 @@ def test_a_queue_that_cannot_work_is_refused_before_training():
         example(norm="group", dims=2, shuffle_groups=2).build()
     grouped = example(norm="batch", shuffle_groups=4)
     assert grouped.config.needs().batch_multiple == 4
+    assert [example(head_norm=norm).config.needs().min_batch for norm in ("none", "batch")] == [1, 2]
     with pytest.raises(InputError, match="divide the batch"):
         grouped.build().training_loss(make_batch(grouped, 0))
 
@@ -212,15 +213,17 @@ def test_shuffled_groups_and_the_queue_are_the_same_on_two_processes(tmp_path):
 
 
 def test_shuffling_gives_each_key_the_statistics_of_other_items_than_its_query():
-    case = example(norm="batch", dims=2, shuffle_groups=2, queue_size=12)
+    case = example(norm="batch", dims=2, shuffle_groups=2, queue_size=12, head_norm="batch")
     method, batch = case.build(), make_batch(case, 0)
-    _, key = method._in_groups(batch)
+    _, query, key = method._in_groups(batch)
     order = permutation(6, 0, SHUFFLE, 0)
     again = case.build()
     expected = torch.empty_like(key)
     for group in order.reshape(2, 3):
         expected[group] = again.teacher(batch.views[1][group])
     assert_close(key, expected)
+    groups = [again.head(again.encoder(batch.views[0][rows])) for rows in (slice(0, 3), slice(3, 6))]
+    assert_close(query, torch.cat(groups))  # the head's norm in groups too, as the teacher's is
     assert not np.array_equal(np.sort(order.reshape(2, 3)[0]), [0, 1, 2])
     with pytest.raises(AssertionError):
         assert_close(key, case.build().teacher(batch.views[1]))
