@@ -155,6 +155,8 @@ class IICSegmentation(Method):
         logs = {f"iic_{name}": value.detach() for name, value in losses.items()}
         logs["chance_loss"] = torch.full_like(loss.detach(), sum(self._chance(name) for name in active) / len(active))
         logs["used_prototypes"] = used_share(logits["main"][0])
+        # Of them a single one is a collapse, which the level of a guess does not tell where lamb_main is not 1.
+        logs["n_prototypes"] = torch.full_like(loss.detach(), config.k_main)
         return LossOutput(loss, logs, embedding=gather(_watched(features.detach().chunk(2)[0])))
 
     def _chance(self, head: str) -> float:

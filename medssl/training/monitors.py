@@ -22,7 +22,7 @@ ADVICE: Final[Mapping[str, str]] = {
     CHANCE: "try a longer training, a higher learning rate, another temperature or weaker views",
     DEAD: "try fewer prototypes, a larger batch or queue, or a lower learning rate of the prototypes",
 }
-_CHANCE, _USED = "chance_loss", "used_prototypes"
+_CHANCE, _USED, _NUMBER = "chance_loss", "used_prototypes", "n_prototypes"
 WATCHED_LOGS: Final = frozenset({_CHANCE, _USED})
 """What a method logs for these looks, beside its embedding."""
 
@@ -65,12 +65,13 @@ def collapse_signs(
     - Loss at chance: it is within ``collapse_chance`` of ``chance_loss``, the loss of a uniform guess. Below 1 nat the
       share is one of 1 nat.
     - Dead prototypes: the items prefer fewer than ``collapse_prototypes`` of the prototypes that as many independent
-      uniform choices would be expected to hit, K (1 - (1 - 1/K)^items) of K, or a single one. K is exp(chance_loss).
+      uniform choices would be expected to hit, K (1 - (1 - 1/K)^items) of K, or a single one. K is ``n_prototypes``
+      where the method logs it, else exp(chance_loss).
 
     Args:
         settings: The limits; a limit of 0 turns its sign off.
-        logs: Of the step: ``loss`` (of a method under a regulariser also ``main_loss``), ``chance_loss`` and
-            ``used_prototypes`` (share of K in [0, 1]) where the method has them.
+        logs: Of the step: ``loss`` (of a method under a regulariser also ``main_loss``), ``chance_loss``,
+            ``used_prototypes`` (share of K in [0, 1]) and ``n_prototypes`` (K) where the method has them.
         embedding: (rows, D), or None.
         items: Of the global batch.
 
@@ -88,14 +89,15 @@ def collapse_signs(
             signs[CONSTANT] = f"spread {spread:.4f} < {settings.collapse_spread:g}"
         elif rank < limit:
             signs[RANK] = f"effective rank {rank:.2f} < {limit:g}, where {possible} is possible"
-    numbers = {name: _number(logs[name]) for name in ("loss", "main_loss", _CHANCE, _USED) if name in logs}
+    numbers = {name: _number(logs[name]) for name in ("loss", "main_loss", _CHANCE, _USED, _NUMBER) if name in logs}
     chance, used = numbers.get(_CHANCE), numbers.get(_USED)
     if chance is not None:
         loss = numbers.get("main_loss", numbers["loss"])
         if abs(loss - chance) < settings.collapse_chance * max(1.0, chance):
             signs[CHANCE] = f"loss {loss:.4f}, a uniform guess has {chance:.4f}"
     if used is not None and settings.collapse_prototypes > 0:
-        expected, single = _even_use(chance, items)
+        guess = math.exp(chance) if chance is not None else 0.0
+        expected, single = _even_use(round(numbers.get(_NUMBER, guess)), items)
         if used < settings.collapse_prototypes * expected or used <= single:
             signs[DEAD] = f"items prefer {100 * used:.2g} % of the prototypes; evenly, {100 * expected:.2g} % would be"
     return signs, measured
@@ -105,9 +107,8 @@ def _number(value: float | Tensor) -> float:
     return float(value.detach()) if isinstance(value, Tensor) else value
 
 
-def _even_use(chance: float | None, items: int) -> tuple[float, float]:
-    """Share of prototypes that an even choice hits, and that of a single one; 1 and 0 where K is not known."""
-    k = 0 if chance is None else round(math.exp(chance))
+def _even_use(k: int, items: int) -> tuple[float, float]:
+    """Share of K prototypes that an even choice hits, and that of a single one; 1 and 0 where K is not known."""
     if k < 2:
         return 1.0, 0.0
     if items < 2:

@@ -13,6 +13,8 @@ from medssl.methods import METHODS
 from medssl.methods.iic_segmentation import IICSegmentationConfig, seen_in_both
 from medssl.models import build_decoder, build_encoder
 from medssl.models.encoders import UNet2dConfig
+from medssl.training import TrainingConfig
+from medssl.training.monitors import DEAD, collapse_signs
 from medssl.transforms.geometry import compose_theta, inverse_theta, warp
 
 SHIFT = torch.tensor([[[1.0, 0, 0.25], [0, 1, -0.5]]])  # of the last axis by 1/8 of it, of the first by 1/4
@@ -102,7 +104,7 @@ def test_heads_take_turns_and_the_other_one_gets_no_gradient():
         output = method.training_loss(make_batch(example, step))
         output.loss.backward()
         assert not any(bool(p.grad.any()) for p in getattr(method.cluster_heads, idle).parameters())
-        assert {"iic_main", "iic_over", "chance_loss", "used_prototypes"} == set(output.logs)
+        assert {"iic_main", "iic_over", "chance_loss", "used_prototypes", "n_prototypes"} == set(output.logs)
     both = case(alternate_steps=None)
     output = both.build().training_loss(make_batch(both, 0))
     assert_close(output.loss.detach(), (output.logs["iic_main"] + output.logs["iic_over"]) / 2)
@@ -118,6 +120,19 @@ def test_a_network_without_an_opinion_is_at_chance_and_uses_one_cluster():
     assert_close(output.logs["chance_loss"], torch.tensor(-0.5 * math.log(4)))
     assert_close(output.loss.detach(), output.logs["chance_loss"])
     assert_close(output.logs["used_prototypes"], torch.tensor(0.25))
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_one_cluster_for_everything_is_a_collapse_by_name(step):
+    method = case(k_main=3, k_over=15).build()
+    with torch.no_grad():
+        for head in (method.cluster_heads.main, method.cluster_heads.over):
+            head.weight.zero_()
+            head.bias.copy_(20.0 * (torch.arange(len(head.bias)) == 0))
+    output = method.training_loss(make_batch(case(), step))
+    logs = {"loss": output.loss, **output.logs}
+    signs, _ = collapse_signs(TrainingConfig(steps=1), logs=logs, embedding=None, items=6)
+    assert DEAD in signs
 
 
 def test_views_that_share_no_place_give_0_with_gradient_0():
