@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medssl.reporting.describe import Table, cell_table, gap_table, pairs_table, score_table, table_of
+from medssl.reporting.describe import Table, cell_table, pairs_table, score_table, table_of
 from medssl.reporting.few_label_figures import difference_figures, is_shown, score_figures
 from medssl.reporting.metric import Metric, metric_of
 from medssl.reporting.page import Section, data_section, notes, some, write_page
@@ -33,7 +33,7 @@ def few_label_report(run_dir: Path) -> Path:
         ),
         Section(
             "paired", "Differences to the baseline", "No paired comparison is available.",
-            difference_figures(summary), some(against, gap_table(spoken)),
+            difference_figures(summary), some(against),
         ),
         Section("best", "Differences to the best arm", "No paired comparison is available.", (), some(best)),
         Section(
@@ -67,13 +67,14 @@ def difference_table(summary: Mapping[str, Any], part: str, caption: str) -> Tab
     """Paired differences of one kind with their intervals, p-values and how each is to be read."""
     metric = metric_of(summary)
     splits = any(row.get("split") for row in summary.get(part) or [])
-    columns = ["arm", "against", *(["split"] if splits else []), "reading"]
+    several = len({str(row["baseline"]) for row in summary.get(part) or []}) > 1  # one is named in the caption
+    columns = ["arm", *(["against"] if several else []), *(["split"] if splits else []), "reading"]
     words = len(columns)
     columns += ["training labels", "difference", "95 % interval", "p (Holm)", "people", "draws"]
     rows = [
         [
             clean(row["arm"], 80),
-            clean(row["baseline"], 80),
+            *([clean(row["baseline"], 80)] if several else []),
             *([clean(row.get("split"), 40)] if splits else []),
             _reading(row, metric),
             number(row["n_labelled"], 0),
