@@ -7,15 +7,14 @@ from typing import Literal
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from medssl.core.distributed import gather
-from medssl.core.schema import StrictModel
 from medssl.core.types import LossOutput, Method, ModelParts, Needs, ViewBatch
 from medssl.losses import alignment, uniformity
 from medssl.losses.numerics import unit
 from medssl.methods.entry import embed_views
-from medssl.models.heads import ProjectionHead
+from medssl.methods.heads import HeadConfig
 
 
-class AlignUniformConfig(StrictModel):
+class AlignUniformConfig(HeadConfig):
     """Settings of alignment and uniformity."""
 
     name: Literal["align_uniform"] = "align_uniform"
@@ -27,8 +26,6 @@ class AlignUniformConfig(StrictModel):
     """Power of the distance between views (Wang & Isola 2020: 2)."""
     t: PositiveFloat = 2.0
     """Sharpness of the potential between items (Wang & Isola 2020: 2)."""
-    hidden_dim: PositiveInt | None = None
-    """Width between the two layers of the head; null: as many as the encoder gives (as SimCLR)."""
     projection_dim: PositiveInt = 128
     """Length of the compared vectors (Wang & Isola 2020: 128)."""
 
@@ -64,8 +61,7 @@ class AlignUniform(Method):
         super().__init__()
         self.config = config
         self.encoder = parts.encoder
-        features = parts.encoder.out_features
-        self.head = ProjectionHead(features, config.hidden_dim or features, config.projection_dim)
+        self.head = config.projection_head(parts.encoder.out_features)
 
     def training_loss(self, batch: ViewBatch) -> LossOutput:
         """Weighted sum of both terms over the items of every process."""

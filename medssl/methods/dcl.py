@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
-from pydantic import PositiveFloat, PositiveInt
+import torch
+from pydantic import PositiveFloat
 
 from medssl.core.distributed import gather
-from medssl.core.schema import StrictModel
 from medssl.core.types import LossOutput, Method, ModelParts, Needs, ViewBatch
 from medssl.losses import decoupled_contrastive
 from medssl.methods.entry import embed_views
-from medssl.models.heads import HeadNorm, ProjectionHead
+from medssl.methods.heads import HeadConfig
 
 
-class DCLConfig(StrictModel):
+class DCLConfig(HeadConfig):
     """Settings of decoupled contrastive learning."""
 
     name: Literal["dcl"] = "dcl"
@@ -22,13 +23,6 @@ class DCLConfig(StrictModel):
     """Yeh et al. 2022: 0.1."""
     weight_sigma: PositiveFloat | None = None
     """null: DCL. A number: DCLW, which weighs pairs of views that are far apart more; 0.5 in Yeh et al. 2022."""
-    hidden_dim: PositiveInt | None = None
-    """Width between the two layers of the head; null: as many as the encoder gives (as SimCLR)."""
-    projection_dim: PositiveInt = 128
-    """Length of the compared vectors (as SimCLR)."""
-    head_norm: HeadNorm = "none"
-    """Between the layers of the head: none, or batch. An encoder with group norm
-    gives all items nearly one direction at first, from which a small training may not find away without it."""
 
     def needs(self) -> Needs:
         """Two views of anything; one item alone has nothing to repel."""
@@ -62,8 +56,7 @@ class DCL(Method):
         super().__init__()
         self.config = config
         self.encoder = parts.encoder
-        features = parts.encoder.out_features
-        self.head = ProjectionHead(features, config.hidden_dim or features, config.projection_dim, config.head_norm)
+        self.head = config.projection_head(parts.encoder.out_features)
 
     def training_loss(self, batch: ViewBatch) -> LossOutput:
         """Decoupled contrast over the items of every process."""
@@ -71,4 +64,5 @@ class DCL(Method):
         z = gather(own)  # (N, 2, D)
         config = self.config
         loss = decoupled_contrastive(z[:, 0], z[:, 1], temperature=config.temperature, weight_sigma=config.weight_sigma)
-        return LossOutput(loss, embedding=z[:, 0].detach(), features={"h": h, "z": own[:, 0]})
+        logs = {"chance_loss": torch.full_like(loss.detach(), math.log(2 * (len(z) - 1)))}
+        return LossOutput(loss, logs, embedding=z[:, 0].detach(), features={"h": h, "z": own[:, 0]})

@@ -17,8 +17,8 @@ from medssl.core.types import ItemTable, LossOutput, Method, ModelParts, Needs, 
 from medssl.data.weak_labels import LabelUse
 from medssl.losses import decoupled_uniformity
 from medssl.methods.entry import embed_views
+from medssl.methods.heads import HeadConfig
 from medssl.methods.kernels import KernelConfig, table_kernel
-from medssl.models.heads import HeadNorm, ProjectionHead
 
 PRIOR: Final = "prior"
 """Name under which the rows of a prior table are joined to the items' labels."""
@@ -55,7 +55,7 @@ class PriorConfig(StrictModel):
         return self
 
 
-class DecoupledUniformityConfig(StrictModel):
+class DecoupledUniformityConfig(HeadConfig):
     """Settings of decoupled uniformity."""
 
     name: Literal["decoupled_uniformity"] = "decoupled_uniformity"
@@ -65,13 +65,8 @@ class DecoupledUniformityConfig(StrictModel):
     """Sharpness of the potential (the authors' runs: 2; the paper's text: 1)."""
     regularization: PositiveFloat = 0.01
     """Added to the diagonal of the kernel before it is solved (the authors' program: 0.01)."""
-    hidden_dim: PositiveInt | None = None
-    """Width between the two layers of the head; null: as many as the encoder gives."""
     projection_dim: PositiveInt = 256
     """Length of the compared vectors (Dufumier et al. 2023)."""
-    head_norm: HeadNorm = "none"
-    """Between the layers of the head: none, or batch. An encoder with group norm gives all items nearly one direction
-    at first, from which a small training may not find away without it."""
 
     def needs(self) -> Needs:
         """One view or more of anything, and what the prior needs; one view aligns nothing."""
@@ -126,8 +121,7 @@ class DecoupledUniformity(Method):
         super().__init__()
         self.config = config
         self.encoder = parts.encoder
-        features = parts.encoder.out_features
-        self.head = ProjectionHead(features, config.hidden_dim or features, config.projection_dim, config.head_norm)
+        self.head = config.projection_head(parts.encoder.out_features)
         if self._has_width:
             prior = config.prior
             assert prior is not None
@@ -168,7 +162,9 @@ class DecoupledUniformity(Method):
         h, own = embed_views(self.encoder, self.head, batch)
         z, kernel = self._with_kernel(own, batch)
         loss = decoupled_uniformity(z, t=config.t, prior_kernel=kernel, regularization=config.regularization)
-        return LossOutput(loss, embedding=z[:, 0].detach(), features={"h": h, "z": own[:, 0]})
+        # With all centroids at one point; a prior moves equal centroids apart.
+        logs = {"chance_loss": torch.zeros_like(loss.detach())} if kernel is None else {}
+        return LossOutput(loss, logs, embedding=z[:, 0].detach(), features={"h": h, "z": own[:, 0]})
 
     def _with_kernel(self, own: Tensor, batch: ViewBatch) -> tuple[Tensor, Tensor | None]:
         """Projections and kernel of the items of every process."""

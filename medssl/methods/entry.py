@@ -83,6 +83,12 @@ def embed_views(encoder: nn.Module, head: nn.Module, batch: ViewBatch, n: int | 
     return features[0][: len(views[0])], z
 
 
+def loss_of_equals(loss: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """What ``loss`` makes of embeddings (N, V, D) that are all the same: the ``chance_loss`` of a contrast."""
+    with torch.no_grad():
+        return loss(torch.ones_like(z[..., :1]))  # one dimension is enough for that
+
+
 def evaluated(head: nn.Module, h: Tensor) -> Tensor:
     """Projections of ``h`` as in evaluation (norms with running statistics), whatever mode ``head`` is in."""
     training = head.training

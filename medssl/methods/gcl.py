@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 from pydantic import PositiveFloat, PositiveInt
@@ -10,7 +11,7 @@ from medssl.core.distributed import gather
 from medssl.core.schema import StrictModel
 from medssl.core.types import IMAGES, LossOutput, Method, ModelParts, Needs, ViewBatch
 from medssl.losses import global_contrastive
-from medssl.methods.entry import split_views, stacked_views
+from medssl.methods.entry import loss_of_equals, split_views, stacked_views
 from medssl.models.heads import GlobalHead, Pool
 
 
@@ -99,7 +100,13 @@ class GCL(Method):
         own = split_views(self.head(coarsest), n_views)  # (N, V, D)
         h = coarsest[: len(own)].flatten(2).mean(2)
         z, partition, volume = gather((own, batch.items["partition"], batch.items["volume"]))
-        loss = global_contrastive(
-            z, partition, volume, strategy=self.config.strategy, temperature=self.config.temperature
+        compare = functools.partial(
+            global_contrastive,
+            partition=partition,
+            volume=volume,
+            strategy=self.config.strategy,
+            temperature=self.config.temperature,
         )
-        return LossOutput(loss, embedding=z[:, 0].detach(), features={"h": h, "z": own[:, 0]})
+        loss = compare(z)
+        logs = {"chance_loss": loss_of_equals(compare, z)}
+        return LossOutput(loss, logs, embedding=z[:, 0].detach(), features={"h": h, "z": own[:, 0]})

@@ -7,16 +7,15 @@ from typing import Literal
 from pydantic import PositiveFloat, PositiveInt
 
 from medssl.core.distributed import gather
-from medssl.core.schema import StrictModel
 from medssl.core.types import LossOutput, Method, ModelParts, Needs, ViewBatch
 from medssl.data.weak_labels import LabelUse
 from medssl.losses import l_exp
 from medssl.methods.entry import embed_views
+from medssl.methods.heads import HeadConfig
 from medssl.methods.kernels import AGE_5, KernelConfig
-from medssl.models.heads import ProjectionHead
 
 
-class LExpConfig(StrictModel):
+class LExpConfig(HeadConfig):
     """Settings of L^exp.
 
     The defaults are the printed formula. The published table (Barbano et al. 2023) was run with
@@ -77,8 +76,7 @@ class LExp(Method):
         super().__init__()
         self.config = config
         self.encoder = parts.encoder
-        features = parts.encoder.out_features
-        self.head = ProjectionHead(features, config.hidden_dim or features, config.projection_dim)
+        self.head = config.projection_head(parts.encoder.out_features)
 
     def training_loss(self, batch: ViewBatch) -> LossOutput:
         """L^exp over the items of every process and all their views."""

@@ -7,16 +7,15 @@ from typing import Literal
 from pydantic import PositiveFloat, PositiveInt
 
 from medssl.core.distributed import gather
-from medssl.core.schema import StrictModel
 from medssl.core.types import LossOutput, Method, ModelParts, Needs, ViewBatch
 from medssl.data.weak_labels import LabelUse
 from medssl.losses import l_thr
 from medssl.methods.entry import embed_views
+from medssl.methods.heads import HeadConfig
 from medssl.methods.kernels import AGE_5, KernelConfig
-from medssl.models.heads import ProjectionHead
 
 
-class LThrConfig(StrictModel):
+class LThrConfig(HeadConfig):
     """Settings of L^thr."""
 
     name: Literal["l_thr"] = "l_thr"
@@ -67,8 +66,7 @@ class LThr(Method):
         super().__init__()
         self.config = config
         self.encoder = parts.encoder
-        features = parts.encoder.out_features
-        self.head = ProjectionHead(features, config.hidden_dim or features, config.projection_dim)
+        self.head = config.projection_head(parts.encoder.out_features)
 
     def training_loss(self, batch: ViewBatch) -> LossOutput:
         """L^thr over the items of every process and all their views."""

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
-from pydantic import PositiveFloat, PositiveInt
+import torch
+from pydantic import PositiveFloat
 
 from medssl.core.distributed import gather
-from medssl.core.schema import StrictModel
 from medssl.core.types import LossOutput, Method, ModelParts, Needs, ViewBatch
 from medssl.losses import nt_xent
 from medssl.methods.entry import embed_views
-from medssl.models.heads import HeadNorm, ProjectionHead
+from medssl.methods.heads import HeadConfig
 
 
-class SimCLRConfig(StrictModel):
+class SimCLRConfig(HeadConfig):
     """Settings of SimCLR."""
 
     name: Literal["simclr"] = "simclr"
     temperature: PositiveFloat = 0.1
     """Chen et al. 2020, Table 5: 0.1 for large batches; up to 0.5 for small ones."""
-    hidden_dim: PositiveInt | None = None
-    """Width between the two layers of the head; null: as many as the encoder gives (the paper)."""
-    projection_dim: PositiveInt = 128
-    """Length of the compared vectors (Chen et al. 2020, section 2.1)."""
-    head_norm: HeadNorm = "none"
-    """Between the layers of the head: none (the formula), or batch (the authors' program). An encoder with group norm
-    gives all items nearly one direction at first, from which a small training may not find away without it."""
 
     def needs(self) -> Needs:
         """Two views of anything."""
@@ -61,12 +55,12 @@ class SimCLR(Method):
         super().__init__()
         self.config = config
         self.encoder = parts.encoder
-        features = parts.encoder.out_features
-        self.head = ProjectionHead(features, config.hidden_dim or features, config.projection_dim, config.head_norm)
+        self.head = config.projection_head(parts.encoder.out_features)
 
     def training_loss(self, batch: ViewBatch) -> LossOutput:
         """NT-Xent over the items of every process."""
         h, own = embed_views(self.encoder, self.head, batch, 2)
         z = gather(own)  # (N, 2, D)
         loss = nt_xent(z[:, 0], z[:, 1], temperature=self.config.temperature)
-        return LossOutput(loss, embedding=z[:, 0].detach(), features={"h": h, "z": own[:, 0]})
+        logs = {"chance_loss": torch.full_like(loss.detach(), math.log(2 * len(z) - 1))}
+        return LossOutput(loss, logs, embedding=z[:, 0].detach(), features={"h": h, "z": own[:, 0]})

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from medssl.core.distributed import gather
-from medssl.core.schema import StrictModel
 from medssl.core.types import LossOutput, Method, ModelParts, Needs, ViewBatch
 from medssl.data.weak_labels import LabelUse
 from medssl.losses import sup_info_nce
 from medssl.methods.classes import Bins, check_bins, class_labels, class_use
-from medssl.methods.entry import embed_views
-from medssl.models.heads import ProjectionHead
+from medssl.methods.entry import embed_views, loss_of_equals
+from medssl.methods.heads import HeadConfig
 
 
-class SupInfoNCEConfig(StrictModel):
+class SupInfoNCEConfig(HeadConfig):
     """Settings of epsilon-SupInfoNCE."""
 
     name: Literal["sup_info_nce"] = "sup_info_nce"
@@ -31,8 +31,6 @@ class SupInfoNCEConfig(StrictModel):
     0.25 or 0.5, the last best on ImageNet-100)."""
     temperature: PositiveFloat = 0.1
     """Barbano et al. 2023: 0.1."""
-    hidden_dim: PositiveInt | None = None
-    """Width between the two layers of the head; null: as many as the encoder gives."""
     projection_dim: PositiveInt = 128
     """Length of the compared vectors (Barbano et al. 2023)."""
 
@@ -77,13 +75,15 @@ class SupInfoNCE(Method):
         super().__init__()
         self.config = config
         self.encoder = parts.encoder
-        features = parts.encoder.out_features
-        self.head = ProjectionHead(features, config.hidden_dim or features, config.projection_dim)
+        self.head = config.projection_head(parts.encoder.out_features)
 
     def training_loss(self, batch: ViewBatch) -> LossOutput:
         """epsilon-SupInfoNCE over the items of every process and all their views."""
         config = self.config
         h, own = embed_views(self.encoder, self.head, batch)
         z, label = gather((own, class_labels(batch.labels, config.label, config.bins)))
-        loss = sup_info_nce(z, label, temperature=config.temperature, epsilon=config.epsilon, form=config.form)
-        return LossOutput(loss, embedding=z[:, 0].detach(), features={"h": h, "z": own[:, 0]})
+        settings = {"temperature": config.temperature, "epsilon": config.epsilon, "form": config.form}
+        compare = functools.partial(sup_info_nce, labels=label, **settings)
+        loss = compare(z)
+        logs = {"chance_loss": loss_of_equals(compare, z)}
+        return LossOutput(loss, logs, embedding=z[:, 0].detach(), features={"h": h, "z": own[:, 0]})

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from medssl.core.distributed import gather
-from medssl.core.schema import StrictModel
 from medssl.core.types import LossOutput, Method, ModelParts, Needs, ViewBatch
 from medssl.data.weak_labels import LabelUse
 from medssl.losses import sup_con
 from medssl.methods.classes import Bins, check_bins, class_labels, class_use
-from medssl.methods.entry import embed_views
-from medssl.models.heads import ProjectionHead
+from medssl.methods.entry import embed_views, loss_of_equals
+from medssl.methods.heads import HeadConfig
 
 
-class SupConConfig(StrictModel):
+class SupConConfig(HeadConfig):
     """Settings of the supervised contrastive loss."""
 
     name: Literal["supcon"] = "supcon"
@@ -28,8 +28,6 @@ class SupConConfig(StrictModel):
     """Khosla et al. 2020, section 4: 0.1."""
     epsilon: float = 0.0
     """Margin on the logits of positives (epsilon-SupCon, Barbano et al. 2023); 0: SupCon."""
-    hidden_dim: PositiveInt | None = None
-    """Width between the two layers of the head; null: as many as the encoder gives."""
     projection_dim: PositiveInt = 128
     """Length of the compared vectors (Khosla et al. 2020, section 3.1)."""
 
@@ -74,13 +72,14 @@ class SupCon(Method):
         super().__init__()
         self.config = config
         self.encoder = parts.encoder
-        features = parts.encoder.out_features
-        self.head = ProjectionHead(features, config.hidden_dim or features, config.projection_dim)
+        self.head = config.projection_head(parts.encoder.out_features)
 
     def training_loss(self, batch: ViewBatch) -> LossOutput:
         """SupCon over the items of every process and all their views."""
         config = self.config
         h, own = embed_views(self.encoder, self.head, batch)
         z, label = gather((own, class_labels(batch.labels, config.label, config.bins)))
-        loss = sup_con(z, label, temperature=config.temperature, epsilon=config.epsilon)
-        return LossOutput(loss, embedding=z[:, 0].detach(), features={"h": h, "z": own[:, 0]})
+        compare = functools.partial(sup_con, labels=label, temperature=config.temperature, epsilon=config.epsilon)
+        loss = compare(z)
+        logs = {"chance_loss": loss_of_equals(compare, z)}
+        return LossOutput(loss, logs, embedding=z[:, 0].detach(), features={"h": h, "z": own[:, 0]})

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 from pydantic import PositiveFloat, PositiveInt
 
 from medssl.core.distributed import gather
-from medssl.core.schema import StrictModel
 from medssl.core.types import LossOutput, Method, ModelParts, Needs, ViewBatch
 from medssl.data.weak_labels import LabelUse
 from medssl.losses import y_aware
-from medssl.methods.entry import embed_views
+from medssl.methods.entry import embed_views, loss_of_equals
+from medssl.methods.heads import HeadConfig
 from medssl.methods.kernels import AGE_5, KernelConfig
-from medssl.models.heads import ProjectionHead
 
 
-class YAwareConfig(StrictModel):
+class YAwareConfig(HeadConfig):
     """Settings of y-aware InfoNCE."""
 
     name: Literal["y_aware"] = "y_aware"
@@ -66,13 +66,15 @@ class YAware(Method):
         super().__init__()
         self.config = config
         self.encoder = parts.encoder
-        features = parts.encoder.out_features
-        self.head = ProjectionHead(features, config.hidden_dim or features, config.projection_dim)
+        self.head = config.projection_head(parts.encoder.out_features)
 
     def training_loss(self, batch: ViewBatch) -> LossOutput:
         """y-aware InfoNCE over the items of every process and all their views."""
         kernel = self.config.kernel
         h, own = embed_views(self.encoder, self.head, batch)
         z, labels = gather((own, kernel.columns_of(batch.labels)))
-        loss = y_aware(z, kernel.weights(labels), temperature=self.config.temperature)
-        return LossOutput(loss, embedding=z[:, 0].detach(), features={"h": h, "z": own[:, 0]})
+        weights = kernel.weights(labels)
+        compare = functools.partial(y_aware, weights=weights, temperature=self.config.temperature)
+        loss = compare(z)
+        logs = {"chance_loss": loss_of_equals(compare, z)}
+        return LossOutput(loss, logs, embedding=z[:, 0].detach(), features={"h": h, "z": own[:, 0]})

@@ -36,7 +36,7 @@ BY_AGE = {"attributes": {"age": {"sigma": 5.0}}}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "simclr": [{}, {"head_norm": "batch", "debias": {"name": "end", "on": "z", "target": {"column": "diagnosis"}}}],
     "dcl": [{}, {"weight_sigma": 0.5, "temperature": 0.07, **HEAD}],
-    "align_uniform": [{}, {"alpha": 1.0, "t": 3.0, "uniform_weight": 2.0, **HEAD}],
+    "align_uniform": [{}, {"alpha": 1.0, "t": 3.0, "uniform_weight": 2.0, "head_norm": "batch", **HEAD}],
     "barlow_twins": [HEAD, {"hidden_dim": 8, "projection_dim": 4, "redundancy_weight": 0.1}],
     "vicreg": [HEAD, {"projection_dim": 4, "hidden_dim": 8, "variance_weight": 10.0, "covariance_weight": 2.0}],
     "moco": [
@@ -53,7 +53,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"strategy": "lr", "freeze_encoder": False, "region_size": 1},
     ],
     "supcon": [
-        {"label": "age", "bins": 2.0, "views": 2, **HEAD},
+        {"label": "age", "bins": 2.0, "views": 2, "epsilon": 0.5, **HEAD},
         {
             "views": 2,
             "debias": {"name": "fair_kl", "on": "h", "mode": "moments", "target": {"column": "diagnosis"}},
@@ -73,7 +73,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             **HEAD,
         },
     ],
-    "l_thr": [{"views": 2, **HEAD}, {"normalizer": "compared", "kernel": BY_AGE, **HEAD}],
+    "l_thr": [{"views": 2, **HEAD}, {"normalizer": "compared", "kernel": BY_AGE, "head_norm": "batch", **HEAD}],
     "l_exp": [
         {"views": 2, **HEAD},
         {
