@@ -10,6 +10,7 @@ from medssl.config import FinetuneConfig, PretrainConfig, dump_config, load_any,
 from medssl.config.load import apply_override
 from medssl.core.errors import ConfigError
 from medssl.core.files import parse_yaml
+from medssl.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN = {
@@ -62,6 +63,12 @@ def test_every_recipe_validates_and_says_how_far_it_was_tried(path):
     tried = config.status
     known = ("layout-tested on generated data", "run on real data", "settings ours", "settings of the paper; not run")
     assert tried.startswith(known)
+
+
+@pytest.mark.parametrize("folder", ["generic", "hippocampus"])
+def test_there_is_a_recipe_for_every_method(folder):
+    recipes = [load_any(path) for path in (ROOT / "configs" / folder).glob("*.yaml")]
+    assert {recipe.method.name for recipe in recipes if recipe.kind == "pretrain"} == set(METHODS)
 
 
 def test_the_examples_of_this_file_are_valid(load):
