@@ -15,14 +15,15 @@ from medssl.runs.compare_cells import CompareCell, CompareRunner, fold_statistic
 from medssl.runs.compare_folds import Fold, open_people, plan_folds, rows_of
 from medssl.runs.compare_summary import Compared, summarise_comparison
 from medssl.runs.few_label import compare_few_label
+from medssl.runs.few_label_pretraining import named
 from medssl.runs.few_label_summary import ComparedFewLabel
 from medssl.runs.folder import open_run, record_run, run_folder, tracked
 from medssl.runs.grid import check_keys, run_grid
-from medssl.runs.labels import check_labels
+from medssl.runs.labels import check_labels, training_items
 from medssl.runs.leaks import LeakCheck, check_weights
 from medssl.runs.parts import Part, PartDone
-from medssl.runs.pretrain import check_batch
-from medssl.runs.volumes import Cohort, open_items, voxel_hashes
+from medssl.runs.pretrain import build_method, check_batch
+from medssl.runs.volumes import Cohort, voxel_hashes
 from medssl.samplers import SAMPLERS
 from medssl.training.device import resolve_accelerator, resolve_precision
 
@@ -111,7 +112,7 @@ def check_arms(config: CompareConfig, cohort: Cohort, folds: list[Fold]) -> Leak
 
     Raises:
         DataError: Labels that cannot be learnt from, covariates that are missing, weights that saw evaluated people.
-        ConfigError: A batch that a fold cannot fill.
+        ConfigError: A batch that a fold cannot fill, or a method that does not fit its people.
     """
     notes: list[str] = []
     trained = {arm.name: config.pretraining(arm, config.protocol.seeds[0]) for arm in config.arms if arm.method}
@@ -120,14 +121,17 @@ def check_arms(config: CompareConfig, cohort: Cohort, folds: list[Fold]) -> Leak
         rows = rows_of(cohort.chosen, fold.train)
         tested = rows_of(cohort.chosen, (*fold.internal, *fold.external))
         statistics = fold_statistics(config, cohort, fold)
-        table, _ = open_items(config, cohort, rows, statistics=statistics)
         if statistics is not None and statistics.constant:
             notes.append(f"Constant in the training rows of a fold, so 0: {shortened(statistics.constant)}.")
-        for pretraining in trained.values():
-            notes += check_labels(pretraining, rows, tested, voxels=voxels)
-            settings = pretraining.sampler.model_dump(exclude={"name"})
-            sampler = SAMPLERS[pretraining.sampler.name](table, seed=config.seed, **settings)
-            check_batch(pretraining, sampler.batch_size)
+        for name, pretraining in trained.items():
+            with named(f"arm `{name}`, {fold.name}"):
+                notes += check_labels(pretraining, rows, tested, voxels=voxels)
+                table, reader = training_items(pretraining, cohort, rows, statistics=statistics)
+                settings = pretraining.sampler.model_dump(exclude={"name"})
+                sampler = SAMPLERS[pretraining.sampler.name](table, seed=config.seed, **settings)
+                check_batch(pretraining, sampler.batch_size)
+                # A queue or a number of clusters may be too large for what a fold leaves to train on.
+                build_method(pretraining, reader.image_shape, table, untrained=True)
     evaluated = {volume for fold in folds for volume in (*fold.internal, *fold.external)}
     weights = {arm.name: arm.weights for arm in config.arms if arm.weights is not None}
     found = check_weights(

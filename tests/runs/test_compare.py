@@ -158,6 +158,9 @@ def test_arms_that_cannot_be_trained_are_refused_before_the_first_is(manifest, t
         check(sampler={"name": "random", "batch_size": 31})
     with pytest.raises(DataError, match="iq"):
         check(arms=[{"name": "x", "method": {**L_EXP, "kernel": {"attributes": {"iq": {"sigma": 5}}}}}])
+    # As many keys as there are people, but not as a fold leaves to train on.
+    with pytest.raises(ConfigError, match="arm `queue`, fold0: the queue is longer"):
+        check(arms=[*ARMS, {"name": "queue", "method": {"name": "moco", "queue_size": 40}}])
     cohort, _ = folds_of(plan(manifest))
     encoder = build_encoder(ENCODERS["mlp"].config(widths=(8, 4)), (6,), seed=0)
     seen = [cohort.store.voxels(7)[:16]]
