@@ -68,7 +68,8 @@ class SwAVConfig(StrictModel):
 
 
 class SwAV(Method):
-    r"""Caron et al. 2020, "Unsupervised Learning ... by Contrasting Cluster Assignments" (arXiv:2006.09882).
+    r"""Caron et al. 2020, "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments"
+    (arXiv:2006.09882).
 
     Every view is compared with a set of learnt prototypes instead of with other images. The full views of a batch are
     assigned to them so that all prototypes are used about equally (Sinkhorn-Knopp), and each view learns to predict
