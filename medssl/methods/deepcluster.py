@@ -32,6 +32,8 @@ OF_FORM: Final = {
 """Settings that only one form has."""
 NEGLIGIBLE: Final = 1e-6
 """Directions with less of the largest variance than this are rounding, which whitening would blow up."""
+ITEMS_PER_DIRECTION: Final = 4
+"""At least. Whitened in n - 1 directions, n items are all equally far apart, and rounding decides their clusters."""
 
 
 class DeepClusterConfig(StrictModel):
@@ -50,8 +52,9 @@ class DeepClusterConfig(StrictModel):
     iterations: PositiveInt | None = None
     """Updates of k-means; null: 20 for v1 (Caron et al. 2018), 10 for v2 (Caron et al. 2020)."""
     n_components: PositiveInt = 256
-    """Of v1: dimensions left by the whitened PCA (Caron et al. 2018, section 3.3); as many as the set has, if fewer.
-    Whitening makes all of them count alike, the noise of the last ones too: on small sets a few are enough."""
+    """Of v1: dimensions left by the whitened PCA (Caron et al. 2018, section 3.3); as many as the features have, and at
+    most a quarter of the items. Whitening makes all of them count alike, the noise of the last ones too, until all
+    items are equally far apart: on small sets a few are enough."""
     feature_norm: HeadNorm = "batch"
     """Of v1: norm of h before the classifier, over the batch of all processes. Networks of the paper end in batch norm;
     under one with group norm a classifier that begins near 0 learns nothing before it is drawn anew (none)."""
@@ -230,16 +233,18 @@ class DeepCluster(Method):
         """
         if bool((h == h[0]).all()):
             return h.new_zeros(len(h), 1)
-        wanted = min(self.config.n_components, *h.shape)
+        n, width = h.shape
+        wanted = min(self.config.n_components, width, max(1, n // ITEMS_PER_DIRECTION))
         pca = PCA(wanted, whiten=True, random_state=0).fit(h.double().cpu().numpy())
         kept = int((pca.explained_variance_ > NEGLIGIBLE * pca.explained_variance_[0]).sum())
         if kept < self.config.n_components and not self._clipped:
             self._clipped = True
             log.info(
-                "deepcluster: %d of n_components %d: %d items of %d features have no more directions",
+                "deepcluster: %d of n_components %d: %d items of %d features have no more that tell them apart",
                 kept,
                 self.config.n_components,
-                *h.shape,
+                n,
+                width,
             )
         scores = torch.from_numpy(pca.transform(h.double().cpu().numpy())[:, :kept])
         return unit(scores.to(h.device, torch.promote_types(h.dtype, torch.float32)))

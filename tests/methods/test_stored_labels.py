@@ -16,7 +16,7 @@ from medssl.core import distributed
 from medssl.core.errors import ConfigError, ShapeError, TrainingError
 from medssl.core.seeding import CLUSTERS, derive_seed
 from medssl.losses import k_means, sela_assignment
-from medssl.methods import METHODS
+from medssl.methods import METHODS, deepcluster
 
 N = len(table())
 V2 = {"form": "v2", "n_heads": 2, "hidden_dim": 16, "projection_dim": 8}
@@ -133,6 +133,24 @@ def test_v1_clusters_whitened_directions_of_unit_length(caplog):
         wide.refresh(lambda: (h, {}))
         wide.refresh(lambda: (h, {}))
     assert caplog.text.count("7 of n_components 256: 60 items of 8 features") == 1
+
+
+def test_v1_keeps_few_enough_directions_to_tell_items_apart(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        deepcluster, "k_means", lambda rows, *rest, **given: seen.append(rows) or k_means(rows, *rest, **given)
+    )
+    case = example("deepcluster", feature_norm="none")
+    method = fitted(case, 40)
+    h = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    method.refresh(lambda: (h, {}))
+    labels = method.clusters()
+    assert seen[0].shape == (40, 10)
+    apart = torch.pdist(seen[0])
+    assert apart.std() > 0.1 * apart.mean()  # in all 39 directions every pair would be equally far apart
+    again = fitted(case, 40)
+    again.refresh(lambda: (h * (1 + 1e-7 * torch.randn(h.shape)), {}))
+    assert np.array_equal(again.clusters(), labels)
 
 
 def test_v1_draws_its_classifier_anew_each_time():
