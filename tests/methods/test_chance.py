@@ -1,6 +1,7 @@
 """`chance_loss` of contrastive methods: what their loss is when all embeddings are equal."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,11 @@ from torch.testing import assert_close
 
 CONTRASTS = {"simclr", "dcl", "gcl", "supcon", "sup_info_nce", "y_aware", "decoupled_uniformity"}
 EXAMPLES = [one for one in examples() if one.config.name in CONTRASTS and one.dims != 3 and one.debias is None]
+EXAMPLES += [
+    replace(one, config=one.config.model_copy(update={"prior": None}))
+    for one in EXAMPLES
+    if one.config.name == "decoupled_uniformity" and one.first
+]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=str)
