@@ -102,6 +102,11 @@ class RunConfig(StrictModel):
             f"{schedule.warmup_steps}, so `{schedule.name}` does nothing."
         )
 
+    @property
+    def notes(self) -> list[str]:
+        """What is allowed, but hardly meant; said before training starts."""
+        return [] if self.schedule_note is None else [self.schedule_note]
+
     def _check_encoder(self) -> None:
         name = self.model.encoder.name
         if (name == "mlp") != (self.spatial_dims == 0):
@@ -141,6 +146,18 @@ class PretrainConfig(RunConfig):
             return needs
         columns = [use.column for use in self.debias.label_uses()]
         return replace(needs, labels=tuple(dict.fromkeys([*needs.labels, *columns])))
+
+    @property
+    def notes(self) -> list[str]:
+        """Also views that the method does not look at."""
+        n_views = resolve_views(self.views, self.spatial_dims).n_views
+        if self.needs.more_views or n_views <= self.needs.views:
+            return super().notes
+        unused = (
+            f"Method `{self.method.name}` looks at {self.needs.views} of the {n_views} views that are made of each "
+            f"item: set views.n_views: {self.needs.views} to save the time."
+        )
+        return [*super().notes, unused]
 
     @model_validator(mode="after")
     def _sections_fit(self) -> PretrainConfig:

@@ -121,6 +121,7 @@ class Needs:
 
     Attributes:
         views: Number of views of each item.
+        more_views: Views beyond these take part too; otherwise they are made for nothing.
         original: View 0 is the item itself, without augmentation.
         moves: "any": views may move voxels; "none": only intensities may change.
         samplers: Names of the samplers it works with; empty: any.
@@ -138,6 +139,7 @@ class Needs:
     """
 
     views: int = 2
+    more_views: bool = False
     original: bool = False
     moves: Literal["any", "none"] = "any"
     samplers: frozenset[str] = frozenset()

@@ -73,7 +73,7 @@ class DecoupledUniformityConfig(HeadConfig):
         labels: tuple[str, ...] = ()
         if self.prior is not None:
             labels = (PRIOR,) if self.prior.attributes is None else self.prior.attributes.columns
-        return Needs(views=1, min_batch=2, labels=labels, features=("h", "z"))
+        return Needs(views=1, more_views=True, min_batch=2, labels=labels, features=("h", "z"))
 
     def label_uses(self) -> tuple[LabelUse, ...]:
         """What the columns of an attribute prior must be."""

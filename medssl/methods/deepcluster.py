@@ -84,6 +84,7 @@ class DeepClusterConfig(StrictModel):
         norm = self.feature_norm if self.form == "v1" else self.head_norm
         return Needs(
             views=1,
+            more_views=True,
             min_batch=2 if norm == "batch" else 1,
             features=("h",) if self.form == "v1" else ("h", "z"),
             multi_crop=True,

@@ -44,7 +44,13 @@ class SeLaConfig(StrictModel):
 
     def needs(self) -> Needs:
         """One view or more of anything, of any sizes; a batch norm has nothing to tell of one item."""
-        return Needs(views=1, min_batch=2 if self.feature_norm == "batch" else 1, features=("h",), multi_crop=True)
+        return Needs(
+            views=1,
+            more_views=True,
+            min_batch=2 if self.feature_norm == "batch" else 1,
+            features=("h",),
+            multi_crop=True,
+        )
 
 
 class SeLa(Method):

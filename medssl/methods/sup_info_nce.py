@@ -41,7 +41,7 @@ class SupInfoNCEConfig(HeadConfig):
 
     def needs(self) -> Needs:
         """One view or more of anything, and the label."""
-        return Needs(views=1, min_batch=2, labels=(self.label,), features=("h", "z"))
+        return Needs(views=1, more_views=True, min_batch=2, labels=(self.label,), features=("h", "z"))
 
     def label_uses(self) -> tuple[LabelUse, ...]:
         """What the label's column must be."""

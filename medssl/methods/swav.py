@@ -64,7 +64,7 @@ class SwAVConfig(StrictModel):
     def needs(self) -> Needs:
         """The assigning views, and one more if there is only one."""
         views = max(2, 1 + max(self.assign_views))
-        return Needs(views=views, min_batch=2, features=("h", "z"), multi_crop=True)
+        return Needs(views=views, more_views=True, min_batch=2, features=("h", "z"), multi_crop=True)
 
 
 class SwAV(Method):

@@ -31,7 +31,7 @@ class YAwareConfig(HeadConfig):
 
     def needs(self) -> Needs:
         """One view or more of anything, and the kernel's columns."""
-        return Needs(views=1, min_batch=2, labels=self.kernel.columns, features=("h", "z"))
+        return Needs(views=1, more_views=True, min_batch=2, labels=self.kernel.columns, features=("h", "z"))
 
     def label_uses(self) -> tuple[LabelUse, ...]:
         """What the kernel's columns must be."""

@@ -151,8 +151,7 @@ def check_pretrainings(config: CompareConfig, cells: Sequence[PretrainCell]) -> 
             with named(where):
                 found = check_stage(stage, cohorts[axis], first=number == 1)
             notes += [f"`{cell.arm}`: {note}" for note in found]
-            if stage.schedule_note:
-                notes.append(f"`{cell.arm}`: {stage.schedule_note}")
+            notes += [f"`{cell.arm}`: {note}" for note in stage.notes]
     return list(dict.fromkeys(notes))
 
 

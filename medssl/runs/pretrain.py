@@ -96,8 +96,8 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, allow_changed: boo
         Interrupted: Asked to stop; resumable.
     """
     resolve_precision(config.training, resolve_accelerator(config.training))
-    if config.schedule_note:
-        log.warning("%s", config.schedule_note)
+    for note in config.notes:
+        log.warning("%s", note)
     manifest, _ = load_manifest(config.data)
     leaks = check_leaks(config, manifest)
     # Processes that Fabric starts later run this function too; the first one has made everything by then.

@@ -63,6 +63,8 @@ def test_every_recipe_validates_and_says_how_far_it_was_tried(path):
     tried = config.status
     known = ("layout-tested on generated data", "run on real data", "settings ours", "settings of the paper; not run")
     assert tried.startswith(known)
+    if config.kind == "pretrain":
+        assert config.notes == []
 
 
 @pytest.mark.parametrize("folder", ["generic", "hippocampus"])
@@ -292,6 +294,14 @@ def test_a_schedule_that_never_falls_is_said_so(load):
     assert "never falls" in config.schedule_note
     for fine in ("{name: cosine, warmup_steps: 19}", "{name: constant, warmup_steps: 20}"):
         assert load(PRETRAIN, ["training.steps=20", f"schedule={fine}"]).schedule_note is None
+
+
+def test_views_that_a_method_does_not_look_at_are_said_so(load):
+    three = with_value(PRETRAIN, "views", {"n_views": 3})
+    three = with_value(three, "sampler", {"name": "random"})
+    (note,) = load(with_value(three, "method", {"name": "simclr"})).notes
+    assert "looks at 2 of the 3 views" in note and "views.n_views: 2" in note
+    assert load(with_value(three, "method", {"name": "sela"})).notes == []
 
 
 @pytest.mark.parametrize("schedule", ["{name: constant, final_fraction: 0.1}", "{name: cosine, gamma: 0.5}"])
