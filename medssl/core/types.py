@@ -164,7 +164,7 @@ class ModelParts:
         encoder: Offers ``forward(x) -> (N, F)``, ``feature_maps(x) -> list`` fine to coarse, ``out_features`` and
             ``width``.
         decoder: Turns ``feature_maps`` into one dense map, or None.
-        image_shape: ``(C, *spatial)`` of one item.
+        image_shape: ``(C, *spatial)`` of a view as training sees it, the first where sizes differ.
     """
 
     encoder: nn.Module

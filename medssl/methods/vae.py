@@ -87,7 +87,7 @@ class VAE(Method):
             raise ShapeError(
                 "a variational autoencoder draws items of one size",
                 found=f"views {tuple(x.shape[1:])}, built for {self.drawing.image_shape}",
-                fix="let views keep the size of the items",
+                fix="build it for images of the size of the views",
             )
         h = self.encoder(x)
         mu, log_variance = self.head(h), self.log_variance(h)

@@ -35,7 +35,7 @@ from medssl.runs.clusters import ClusterLog, final_clusters, save_clusters, summ
 from medssl.runs.folder import open_run, record_run, run_folder, tracked
 from medssl.runs.grid import fingerprint
 from medssl.runs.labels import check_labels, prior_fingerprint, prior_seen, training_items
-from medssl.runs.view_sizes import check_view_sizes
+from medssl.runs.view_sizes import view_shape
 from medssl.runs.volumes import (
     FINGERPRINT_DIGITS,
     STATISTICS,
@@ -265,7 +265,7 @@ def build_method(
         WeightsError: The weights do not fit.
     """
     encoder = build_encoder(config.model.encoder, image_shape, seed=config.seed)
-    check_view_sizes(config, encoder, image_shape)
+    image_shape = view_shape(config, encoder, image_shape)
     decoder = None
     if config.needs.decoder:
         decoder = build_decoder(encoder, blocks=config.model.decoder_blocks, seed=config.seed)

@@ -10,17 +10,20 @@ from medssl.models.vae import map_sizes
 from medssl.transforms.views import check_sizes
 
 
-def check_view_sizes(config: PretrainConfig, encoder: nn.Module, image_shape: tuple[int, ...]) -> None:
-    """Refuse views that the items are too small for, that the encoder cannot halve, or of sizes the method cannot mix.
+def view_shape(config: PretrainConfig, encoder: nn.Module, image_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(C, *spatial) of the first view, which is what networks are built for; rows of features (F,) stay what they are.
+
+    Refuses views that the items are too small for, that the encoder cannot halve, or of sizes the method cannot mix.
 
     Raises:
         ConfigError: Says which.
     """
     whole = image_shape[1:]
     if not whole:
-        return
+        return image_shape
     check_sizes(config.views, whole)
-    sizes = set(config.views.sizes(whole))
+    in_order = config.views.sizes(whole)
+    sizes = set(in_order)
     if len(sizes) > 1 and not config.needs.multi_crop:
         raise ConfigError(
             f"method `{config.method.name}` takes views of one size",
@@ -38,3 +41,4 @@ def check_view_sizes(config: PretrainConfig, encoder: nn.Module, image_shape: tu
                 found=error.found,
                 fix="use larger crops, or an encoder with fewer levels or strides",
             ) from error
+    return (image_shape[0], *in_order[0])
