@@ -156,6 +156,8 @@ def _pretrain_verdict(run: RunFiles) -> Verdict:
         end = "it ended with signs of collapse: do not use these weights without looking at the monitors"
     elif collapse is None:
         end = "whether it collapsed was not recorded"
+    elif not _looked(run):
+        end = "it was not watched for collapse (too few steps for training.monitor_every, or nothing to watch)"
     else:
         end = "no sign of collapse was seen"
     signs = [f"Sign of collapse: {clean(sign, 300)}" for sign in collapse or []]
@@ -163,6 +165,14 @@ def _pretrain_verdict(run: RunFiles) -> Verdict:
     use = "A loss says nothing about use: whether pretraining helps is decided by fine-tuning on labels."
     labels = [clean(note, 500) for note in done.get("label_notes") or []]
     return Verdict(f"{begin}; {end}.", [*signs, *labels], [use])
+
+
+def _looked(run: RunFiles) -> bool:
+    """Whether the embedding or the clusters were looked at during training; true where no log is left to tell."""
+    return run.metrics is None or any(
+        name in run.metrics and bool(run.metrics[name].notna().any())
+        for name in ("collapse_alarm", "spread", "effective_rank")
+    )
 
 
 def _named(value: Any) -> dict[str, Any]:

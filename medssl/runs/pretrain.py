@@ -243,6 +243,7 @@ def check_batch(config: PretrainConfig, batch_size: int) -> None:
                 f"method `{config.method.name}` needs a batch of {limit} with these settings",
                 where="sampler",
                 found=str(batch_size),
+                fix="change the batch of the sampler (batch_size; n_volumes of the sampler partition)",
             )
     processes = config.training.devices * config.training.nodes
     if batch_size % processes:

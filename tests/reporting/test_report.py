@@ -262,6 +262,16 @@ def test_pretrain_report_tells_of_collapse_and_never_of_quality(tmp_path):
     assert "effective rank 1.2 after step 400" in bad
 
 
+def test_a_run_too_short_to_be_watched_does_not_claim_to_be_free_of_collapse(tmp_path):
+    folder = tmp_path / "run"
+    pretrain_run(folder)
+    log = pd.read_csv(folder / "logs/metrics.csv")
+    log.drop(columns=["spread", "effective_rank"]).to_csv(folder / "logs/metrics.csv", index=False)
+    page = build_report(folder).read_text()
+    assert "it was not watched for collapse" in page
+    assert "no sign of collapse" not in page
+
+
 @pytest.mark.parametrize("views", ["../secret.png", "figures/views.svg", "figures/fake.png", "figures/gone.png"])
 def test_views_are_only_taken_from_a_png_inside_the_run(tmp_path, views):
     folder = tmp_path / "run"
