@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,7 +37,8 @@ def open_run(root: Path, name: str, *, kind: str, config_text: str, manifest: Ma
         kind: The verb ("pretrain", "finetune").
         config_text: The resolved configuration as YAML.
         manifest: The rows that the run uses; a copy is kept.
-        resume: Go on in an existing folder; a missing one is begun.
+        resume: Go on in an existing folder; a missing one is begun, and so is one whose run was refused before it
+            began.
 
     Raises:
         ConfigError: A name that is no name, a folder that exists already, or one that belongs to another kind of run.
@@ -46,7 +47,8 @@ def open_run(root: Path, name: str, *, kind: str, config_text: str, manifest: Ma
     if folder.exists() and not folder.is_dir():
         raise ConfigError("there is a file where the run folder would be", where=str(folder), fix="choose another name")
     status = read_status(folder)
-    if folder.exists() and any(folder.iterdir()):
+    refused = _refused_before_training(folder, status)
+    if folder.exists() and any(folder.iterdir()) and not refused:
         if not resume:
             raise ConfigError(
                 "the run folder exists already; nothing in it was touched",
@@ -55,9 +57,17 @@ def open_run(root: Path, name: str, *, kind: str, config_text: str, manifest: Ma
             )
         if status.get("kind", kind) != kind:
             raise ConfigError(f"this folder holds a {status['kind']} run", where=str(folder), fix="choose another name")
-    if not (folder / "config.yaml").is_file():
+    if refused:
+        (folder / "status.json").unlink()  # the time of the refusal is not this run's
+    if refused or not (folder / "config.yaml").is_file():
         record_run(folder, config_text=config_text, manifest=manifest)
     return folder
+
+
+def _refused_before_training(folder: Path, status: Mapping[str, Any]) -> bool:
+    """Whether an earlier run of this name was refused and left nothing but its record: it may begin anew, mended."""
+    record = {"config.yaml", "environment.json", "manifest.csv", "manifest.meta.yaml", "status.json"}
+    return status.get("state") == "failed" and {path.name for path in folder.iterdir()} <= record
 
 
 def record_run(folder: Path, *, config_text: str, manifest: Manifest) -> None:

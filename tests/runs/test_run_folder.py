@@ -12,7 +12,7 @@ from medssl.data.manifest import ManifestMeta, read_manifest, write_manifest
 from medssl.methods.segmentation import SegmentationConfig
 from medssl.runs.cohort import check
 from medssl.runs.finetune import finish
-from medssl.runs.folder import open_run, record_run
+from medssl.runs.folder import open_run, read_status, record_run, tracked
 from medssl.runs.grid import Cell
 
 
@@ -84,3 +84,23 @@ def test_person_and_structure_called_na_are_counted(tmp_path, monkeypatch):
         finish(Config(), None, tmp_path, {cell: done}, Leaks())
     assert seen["rows"][["group", "class"]].to_numpy().tolist() == [["NA", "None"], ["1", "2"]]
     assert seen["rows"]["dice"].isna().tolist() == [False, True]
+
+
+def test_a_name_is_free_again_when_its_run_was_refused_before_it_began(tmp_path, manifest):
+    def begin(text):
+        return open_run(
+            tmp_path, "run", kind="pretrain", config_text=text, manifest=read_manifest(manifest), resume=False
+        )
+
+    folder = begin("a: 1\n")
+    with pytest.raises(ConfigError, match="too many"), tracked(folder, "pretrain"):
+        raise ConfigError("too many clusters")
+    assert begin("a: 2\n") == folder
+    assert (folder / "config.yaml").read_text() == "a: 2\n"
+    assert read_status(folder) == {}
+    (folder / "logs").mkdir()  # it had begun
+    with pytest.raises(OSError, match="later"), tracked(folder, "pretrain"):
+        raise OSError("later")
+    with pytest.raises(ConfigError, match="exists already"):
+        begin("a: 3\n")
+    assert (folder / "config.yaml").read_text() == "a: 2\n"
