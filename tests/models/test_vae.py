@@ -22,6 +22,7 @@ NARROW = {
     "resnet50": {"widths": (2, 2, 2, 2)},
     "densenet121": {"init_features": 2, "growth_rate": 2},
     "alexnet": {"widths": (2, 4, 4, 4, 4)},
+    "vgg": {"widths": (2, 4, 4)},
     "mlp": {"widths": (6, 4)},
 }
 
