@@ -162,6 +162,9 @@ def _pretrain_verdict(run: RunFiles) -> Verdict:
         end = "no sign of collapse was seen"
     signs = [f"Sign of collapse: {clean(sign, 300)}" for sign in collapse or []]
     signs += [f"Sign of collapse that went away: {clean(sign, 300)}" for sign in done.get("recovered") or []]
+    empty = sorted({int(row["empty"]) for row in done.get("clusters") or [] if finite(row.get("empty"))})
+    if empty:
+        signs.append(f"At the end {' or '.join(map(str, empty))} clusters held no item (see Clusters).")
     use = "A loss says nothing about use: whether pretraining helps is decided by fine-tuning on labels."
     labels = [clean(note, 500) for note in done.get("label_notes") or []]
     return Verdict(f"{begin}; {end}.", [*signs, *labels], [use])

@@ -228,6 +228,7 @@ def _checked_time(time: str) -> str:
             f"a job is told to stop {WARNING_S} seconds before its time is over, so it needs at least {2 * WARNING_S}",
             where="--time",
             found=f"{time} ({seconds} seconds)",
+            fix="ask for more, for example 12:00:00",
         )
     return time
 

@@ -41,12 +41,15 @@ def test_a_report_shows_clusters_and_names_each_collapse(tmp_path):
     folder = tmp_path / "run"
     pretrain_run(folder, collapse=["dead prototypes: items prefer 1 % of the prototypes"])
     content = json.loads((folder / "eval/pretrain.json").read_text())
-    (folder / "eval/pretrain.json").write_text(json.dumps({**content, "recovered": ["loss at chance: 3; gone"]}))
+    (folder / "eval/pretrain.json").write_text(
+        json.dumps({**content, "recovered": ["loss at chance: 3; gone"], "clusters": [rows(9, "site", 0.35, empty=4)]})
+    )
     pd.DataFrame([rows(0, "<b>site", 0.1), rows(9, "<b>site", 0.35)]).to_csv(folder / "logs/clusters.csv", index=False)
     page = build_report(folder).read_text()
     assert "it ended with signs of collapse" in page
     assert "Sign of collapse: dead prototypes: items prefer 1 % of the prototypes" in page
     assert "Sign of collapse that went away: loss at chance: 3; gone" in page
+    assert "At the end 4 clusters held no item" in page
     assert "<b>site" not in page
     assert 'id="clusters"' in page
     assert "AMI with" in page
