@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, TypeVar, get_args
 
 import torch
 from safetensors.torch import load as load_safetensors
@@ -25,6 +25,7 @@ from medssl.models.heads import build_head
 log = logging.getLogger(__name__)
 
 Part = Literal["encoder", "decoder", "head", "clusters"]
+Built = TypeVar("Built", bound=nn.Module)
 
 FORMAT: Final = 1
 MAX_BYTES: Final = 8_000_000_000
@@ -160,16 +161,7 @@ def head_from_weights(path: Path) -> nn.Module | None:
     Raises:
         WeightsError: Unreadable, or a head that this version does not know.
     """
-    path = Path(path)
-    architecture = read_model(path)["head"]
-    if architecture is None:
-        return None
-    try:
-        head = build_head(architecture)
-    except ConfigError as error:
-        raise WeightsError(error.message, where=str(path), found=error.found, fix="update medssl") from error
-    load_weights(head, path, part="head", minimum=1.0)
-    return head
+    return _part_from_weights(path, "head", build_head)
 
 
 def clusters_from_weights(path: Path) -> ClusterHeads | None:
@@ -178,16 +170,20 @@ def clusters_from_weights(path: Path) -> ClusterHeads | None:
     Raises:
         WeightsError: Unreadable, or heads that this version does not know.
     """
+    return _part_from_weights(path, "clusters", build_cluster_heads)
+
+
+def _part_from_weights(path: Path, part: Part, build: Callable[[Mapping[str, Any]], Built]) -> Built | None:
     path = Path(path)
-    architecture = read_model(path)["clusters"]
+    architecture = read_model(path)[part]
     if architecture is None:
         return None
     try:
-        heads = build_cluster_heads(architecture)
+        module = build(architecture)
     except ConfigError as error:
         raise WeightsError(error.message, where=str(path), found=error.found, fix="update medssl") from error
-    load_weights(heads, path, part="clusters", minimum=1.0)
-    return heads
+    load_weights(module, path, part=part, minimum=1.0)
+    return module
 
 
 def load_weights(

@@ -117,6 +117,7 @@ def check_arms(config: CompareConfig, cohort: Cohort, folds: list[Fold]) -> Leak
     notes: list[str] = []
     trained = {arm.name: config.pretraining(arm, config.protocol.seeds[0]) for arm in config.arms if arm.method}
     voxels = voxel_hashes(cohort) if config.spatial_dims else None
+    smallest = min(folds, key=lambda fold: len(fold.train))
     for fold in folds:
         rows = rows_of(cohort.chosen, fold.train)
         tested = rows_of(cohort.chosen, (*fold.internal, *fold.external))
@@ -130,8 +131,10 @@ def check_arms(config: CompareConfig, cohort: Cohort, folds: list[Fold]) -> Leak
                 settings = pretraining.sampler.model_dump(exclude={"name"})
                 sampler = SAMPLERS[pretraining.sampler.name](table, seed=config.seed, **settings)
                 check_batch(pretraining, sampler.batch_size)
-                # A queue or a number of clusters may be too large for what a fold leaves to train on.
-                build_method(pretraining, reader.image_shape, table, untrained=True)
+                # A queue or a number of clusters may be too large for what a fold leaves to train on. Once for each
+                # arm: a 3D network takes half a second to build.
+                if fold is smallest:
+                    build_method(pretraining, reader.image_shape, table, untrained=True)
     evaluated = {volume for fold in folds for volume in (*fold.internal, *fold.external)}
     weights = {arm.name: arm.weights for arm in config.arms if arm.weights is not None}
     found = check_weights(

@@ -11,6 +11,7 @@ from torch import nn
 
 from medssl.core.schema import StrictModel
 from medssl.models.encoders.alexnet import AlexNetIn2dConfig, AlexNetIn3dConfig, build_alexnet
+from medssl.models.encoders.checks import auto_strides
 from medssl.models.encoders.densenet import DenseNet121In2dConfig, DenseNet121In3dConfig, build_densenet
 from medssl.models.encoders.mlp import MLPConfig, MLPEncoder, build_mlp
 from medssl.models.encoders.resnet import (
@@ -20,7 +21,7 @@ from medssl.models.encoders.resnet import (
     ResNet50In3dConfig,
     build_resnet,
 )
-from medssl.models.encoders.unet import UNet2dConfig, UNet3dConfig, UNetEncoder, auto_strides, build_unet
+from medssl.models.encoders.unet import UNet2dConfig, UNet3dConfig, UNetEncoder, build_unet
 from medssl.models.encoders.vgg import VGGIn2dConfig, VGGIn3dConfig, build_vgg
 
 

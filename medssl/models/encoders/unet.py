@@ -8,15 +8,11 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from medssl.core.errors import ConfigError, ShapeError
 from medssl.core.schema import StrictModel
 from medssl.models.blocks import MAX_POOL, double_conv
-from medssl.models.encoders.checks import check_axes, check_input
+from medssl.models.encoders.checks import check_axes, check_halving, check_input, resolve_strides
 from medssl.models.initialise import ENCODER, he_normal, seeded_init
 from medssl.models.norm import Norm
-
-SMALLEST_AXIS: Final = 4
-"""`strides: auto` halves no axis below this many voxels."""
 
 Stride = Annotated[int, Field(ge=1, le=2)]
 Widths = Annotated[tuple[PositiveInt, ...], Field(min_length=2)]
@@ -81,19 +77,6 @@ def _check_strides(strides: Any, widths: tuple[int, ...]) -> None:
         raise ValueError(f"strides: {len(widths)} levels need {len(widths) - 1} entries, found {len(strides)}")
 
 
-def auto_strides(spatial: Sequence[int], levels: int) -> tuple[tuple[int, ...], ...]:
-    """Strides between ``levels`` levels: an axis is halved while it keeps at least 4 voxels.
-
-    A shallow stack is thus halved in plane only: (64, 64, 8) in 4 levels gives (2, 2, 2), (2, 2, 1), (2, 2, 1).
-    """
-    size, strides = list(spatial), []
-    for _ in range(levels - 1):
-        stride = tuple(2 if n // 2 >= SMALLEST_AXIS else 1 for n in size)
-        size = [n // s for n, s in zip(size, stride)]
-        strides.append(stride)
-    return tuple(strides)
-
-
 class UNetEncoder(nn.Module):
     """The contracting half of a U-Net: per level two 3^d convolutions with norm and ReLU, max-pooling in between.
 
@@ -149,13 +132,9 @@ class UNetEncoder(nn.Module):
 
     def _check(self, x: Tensor) -> None:
         check_input(x, self.dims, self.in_channels)
-        shortest = [2 ** sum(stride[axis] == 2 for stride in self.strides) for axis in range(self.dims)]
-        if any(n < least for n, least in zip(x.shape[2:], shortest)):
-            raise ShapeError(
-                f"the image is smaller than the {len(self.strides)} poolings of the encoder can halve",
-                found=f"spatial size {tuple(x.shape[2:])}, at least {tuple(shortest)} is needed",
-                fix="use larger items, fewer levels (model.encoder.widths) or model.encoder.strides: auto",
-            )
+        check_halving(
+            x, self.strides, "larger items, fewer levels (model.encoder.widths) or model.encoder.strides: auto"
+        )
 
 
 def build_unet(
@@ -173,14 +152,7 @@ def build_unet(
         ConfigError: `strides: auto` without a size, or a size with the wrong number of axes.
     """
     check_axes(config.name, config.dims, spatial)
-    strides = config.strides
-    if isinstance(strides, str):
-        if spatial is None:
-            raise ConfigError(
-                f"encoder `{config.name}`: strides auto needs the size of the items",
-                fix="pass spatial=..., or write model.encoder.strides out",
-            )
-        strides = auto_strides(spatial, len(config.widths))
+    strides = resolve_strides(config.name, config.strides, spatial, len(config.widths))
     with seeded_init(seed, ENCODER):
         return UNetEncoder(
             name=config.name, in_channels=in_channels, widths=config.widths, strides=strides, norm=config.norm

@@ -9,12 +9,10 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from medssl.core.errors import ConfigError, ShapeError
 from medssl.core.schema import StrictModel
 from medssl.models.blocks import CONV, MAX_POOL
-from medssl.models.encoders.checks import check_axes, check_input
+from medssl.models.encoders.checks import check_axes, check_halving, check_input, resolve_strides
 from medssl.models.encoders.staged import StagedEncoder
-from medssl.models.encoders.unet import auto_strides
 from medssl.models.initialise import ENCODER, he_normal, seeded_init
 from medssl.models.norm import Norm, make_norm
 
@@ -92,13 +90,7 @@ class VGGEncoder(StagedEncoder):
 
     def _check(self, x: Tensor) -> None:
         check_input(x, self.dims, self.in_channels)
-        shortest = [2 ** sum(stride[axis] == 2 for stride in self.pool_strides) for axis in range(self.dims)]
-        if any(n < least for n, least in zip(x.shape[2:], shortest)):
-            raise ShapeError(
-                "the image is smaller than the poolings of the encoder can halve",
-                found=f"spatial size {tuple(x.shape[2:])}, at least {tuple(shortest)} is needed",
-                fix="use larger items, or model.encoder.strides: auto",
-            )
+        check_halving(x, self.pool_strides, "larger items, or model.encoder.strides: auto")
 
 
 def build_vgg(
@@ -116,12 +108,7 @@ def build_vgg(
         ConfigError: `strides: auto` without a size, or a size with the wrong number of axes.
     """
     check_axes(config.name, config.dims, spatial)
-    if isinstance(config.strides, str):
-        if spatial is None:
-            raise ConfigError(
-                f"encoder `{config.name}`: strides auto needs the size of the items",
-                fix="pass spatial=..., or write model.encoder.strides out",
-            )
-        config = config.model_copy(update={"strides": auto_strides(spatial, N_POOLS + 1)})
+    strides = resolve_strides(config.name, config.strides, spatial, N_POOLS + 1)
+    config = config.model_copy(update={"strides": strides})
     with seeded_init(seed, ENCODER):
         return VGGEncoder(config, in_channels)
